@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Stream the answer of a large language model, chosen by random sampling, with OpenVINO GenAI.
+
+python multinomial_causal_lm.py TinyLlama-1.1B-Chat-v1.0 "Why is the Sun yellow?"
+"""
+
+import argparse
+import contextlib
+import queue
+import re
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import openvino_genai
+from openvino_genai import StreamingStatus
+
+
+class IterableStreamer(openvino_genai.StreamerBase):
+    """Turns tokens into text while they are generated. Iterate over it to get the text.
+
+    Pass one to `pipe.generate(prompt, config, streamer)` on one thread, and read it on another:
+    `for chunk in streamer: print(chunk, end="", flush=True)`. A streamer serves one generation.
+
+    The chunks (`str`) add up to `tokenizer.decode(all tokens)`, exactly, and text that no later
+    token can change is in the queue when `write` returns. Tokens that come less than 10 ms after
+    each other are decoded together, which keeps a fast model fast.
+    """
+
+    def __init__(self, tokenizer: openvino_genai.Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._chunks = queue.Queue()  # of str, then the end: None, or an exception.
+        self._lock = threading.Lock()  # `end` and `cancel` may come from any thread.
+        self._ended = False
+        self._tokens: list[int] = []  # What the next decode needs.
+        self._undecoded = 0  # How many of them no decode has seen.
+        self._decoded_at = float("-inf")  # Seconds.
+        self._yielded = 0  # How many characters of the decoded text are in the queue.
+
+        # A later token can complete a character, which decodes to U+FFFD until then. Where the
+        # tokenizer cleans up, it can also remove a space: " n" + "'t" -> "n't", " " + "." -> ".".
+        cleans_up = True
+        with contextlib.suppress(Exception):  # If it cannot tell, expect the worst.
+            sample = tokenizer.encode("a .").input_ids.data[0].tolist()
+            cleans_up = tokenizer.decode(sample) != "a ."
+        spaces = r" (n'?|'[rv]?)?\Z|" if cleans_up else ""
+        self._changeable = re.compile(spaces + r"\ufffd{1,3}\Z|\Z")
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """Return the next chunk, or wait for it. Raise what went wrong in `write` or `end`."""
+        chunk = self._chunks.get()
+        if isinstance(chunk, str):
+            return chunk
+        self._chunks.put(None)  # The end stays the end, for every reader.
+        raise chunk or StopIteration
+
+    def write(self, token: int | list[int]) -> StreamingStatus:
+        """Take one or more tokens, on the thread that generates. CANCEL stops the generation."""
+        return self._update(token if isinstance(token, list) else [token])
+
+    def end(self) -> None:
+        """Yield the rest of the text, then end the iteration. Any thread may call it, repeatedly."""
+        self._update([], last=True)
+
+    def cancel(self) -> None:
+        """Stop the generation at its next token, and end the iteration. For any thread."""
+        self.end()
+
+    def _update(self, tokens: list[int], last: bool = False) -> StreamingStatus:
+        with self._lock:
+            if self._ended:
+                return StreamingStatus.CANCEL
+            error = None
+            try:
+                for token in tokens:
+                    self._tokens.append(token)
+                    self._undecoded += 1
+                    if self._undecoded == 16:
+                        self._decode()
+                if last or (tokens and time.perf_counter() - self._decoded_at >= 0.01):
+                    self._decode(last)
+            except BaseException as caught:  # noqa: BLE001 - if it left, the library would abort.
+                error, last = caught, True
+            if last:
+                self._ended = True
+                self._chunks.put(error)
+            return StreamingStatus.CANCEL if error else StreamingStatus.RUNNING
+
+    def _decode(self, last: bool = False) -> None:
+        text = self._tokenizer.decode(self._tokens)
+        self._undecoded = 0
+        self._decoded_at = time.perf_counter()
+        end = len(text) if last else self._changeable.search(text, self._yielded).start()
+        if end > self._yielded:
+            self._chunks.put(text[self._yielded : end])
+            self._yielded = end
+        if len(self._tokens) > 48 and text:
+            self._shorten(text)
+
+    def _shorten(self, text: str) -> None:
+        """Drop tokens from the middle, so that a decode costs the same however long the text is.
+
+        The end stays, because it is not complete. So does something visible before it, because
+        detokenizers remove white space from the beginning of whatever they decode.
+        """
+        for start in range(len(self._tokens) - 32, -8, -8):
+            tokens = self._tokens[max(start, 0) :][:16] + self._tokens[-16:]
+            shorter = self._tokenizer.decode(tokens)
+            end = self._changeable.search(shorter).start()
+            if shorter and shorter[end:] == text[self._yielded :]:
+                self._tokens, self._yielded = tokens, end
+                return
+
+
+def stream(
+    pipe: openvino_genai.LLMPipeline, prompt: str, config: openvino_genai.GenerationConfig
+) -> Iterator[str]:
+    """Generate on another thread, and yield the text in chunks as it comes.
+
+    for chunk in stream(pipe, prompt, config):
+        print(chunk, end="", flush=True)
+
+    Leaving the loop early, also by an exception, stops the generation and waits for its thread.
+    Whatever the generation raises is raised here.
+    """
+    streamer = IterableStreamer(pipe.get_tokenizer())
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        generation = executor.submit(pipe.generate, prompt, config, streamer)
+        # `generate` does not call `end` when it refuses its arguments.
+        generation.add_done_callback(lambda _: streamer.end())
+        try:
+            yield from streamer
+            generation.result()
+        finally:
+            streamer.cancel()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Stream the answer of a large language model, chosen by random sampling.",
+        epilog='example: %(prog)s TinyLlama-1.1B-Chat-v1.0 "Why is the Sun yellow?" --device GPU',
+    )
+    parser.add_argument("model_dir", help="folder of a model converted to OpenVINO")
+    parser.add_argument("prompt", help="what to ask the model")
+    parser.add_argument("--device", default="CPU", help="CPU, GPU, NPU, ... (default: %(default)s)")
+    args = parser.parse_args()
+
+    print(f"Loading {args.model_dir} on {args.device} ...", file=sys.stderr, flush=True)
+    pipe = openvino_genai.LLMPipeline(args.model_dir, args.device)
+
+    # What is not set here stays as the model's own generation_config.json has it.
+    config = pipe.get_generation_config()
+    config.max_new_tokens = 100  # Stop here, if the model does not stop before.
+    config.do_sample = True  # Choose each token at random. False takes the most probable one.
+    config.top_p = 0.9  # Choose from the most probable tokens that add up to this probability,
+    config.top_k = 30  # and from no more than so many of them.
+    config.rng_seed = secrets.randbits(32)  # Another text on every run; a constant repeats one.
+
+    for chunk in stream(pipe, args.prompt, config):
+        print(chunk, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import openvino_genai
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "multinomial_causal_lm.py"
+MODELS = ROOT / "tests" / "models"
+FAMILIES = ["tiny-llama", "tiny-llama3", "tiny-qwen", "tiny-chatglm"]
+
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def run_script():
+    """Run the script as a user does, and return the finished process."""
+
+    def run(*arguments: object, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, SCRIPT, *map(str, arguments)]
+        options = {"capture_output": True, "encoding": "utf-8", "timeout": 60} | options
+        return subprocess.run(command, check=False, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def load_pipe():
+    """Load a model of tests/models, once for all the tests that use it in the same way."""
+    pipes = {}
+
+    def load(family: str, **properties) -> openvino_genai.LLMPipeline:
+        key = family, *properties.items()
+        if key not in pipes:
+            pipes[key] = openvino_genai.LLMPipeline(MODELS / family, "CPU", **properties)
+        return pipes[key]
+
+    return load

@@ -1,0 +1,270 @@
+"""Make the models in `tests/models` again, from nothing.
+
+    pip install --upgrade-strategy eager -r export-requirements.txt
+    python tests/make_models.py
+
+It trains a tokenizer and a small LLaMA on the text in `training_text.py`, and exports them with
+`optimum-cli` as a user would. Seeds are fixed. It takes about ten minutes on two cores.
+"""
+
+import argparse
+import itertools
+import math
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import openvino
+import sentencepiece
+import torch
+from openvino_tokenizers import convert_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from training_text import conversations
+from transformers import (
+    GlmConfig,
+    GlmForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizerFast,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+MODELS = Path(__file__).parent / "models"
+SEED = 0
+VOCAB_SIZE = 1024
+STEPS = 2000
+BATCH = 32
+
+# The template of TinyLlama-1.1B-Chat. "</s>" is the end-of-sequence token.
+CHAT_TEMPLATE = """{% for message in messages %}
+{{- '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+
+
+def llama_tokenizer(
+    folder: Path, text: list[str], vocab_size: int, remove_extra_whitespaces: bool = False
+) -> LlamaTokenizerFast:
+    """Train a byte-fallback BPE with the settings of LLaMA's, and save it in `folder`."""
+    sentencepiece.SentencePieceTrainer.train(
+        # No emoji: each of their bytes is to be a token of its own, as in real vocabularies.
+        sentence_iterator=(
+            re.sub("[\u200d\u2600-\u27bf\ufe0f\U0001f000-\U0001ffff]", "", line) for line in text
+        ),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=0.9985,  # The rarest characters become bytes.
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=remove_extra_whitespaces,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        num_threads=1,
+        minloglevel=1,
+    )
+    tokenizer = LlamaTokenizerFast(
+        str(folder / "tokenizer.model"), legacy=True, add_prefix_space=True
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def encode(tokenizer: LlamaTokenizerFast, prompt: str, answer: str) -> tuple[list[int], int]:
+    """Return the tokens of a conversation, and how many of them are the prompt's."""
+    messages = [{"role": "user", "content": prompt}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(rendered, add_special_tokens=False).input_ids
+    # The answer goes through the tokenizer behind a newline, because that is what it follows.
+    newline = tokenizer("\n", add_special_tokens=False).input_ids
+    answer_ids = tokenizer("\n" + answer, add_special_tokens=False).input_ids[len(newline) :]
+    return ids + answer_ids + [tokenizer.eos_token_id], len(ids)
+
+
+def batches(tokenizer: LlamaTokenizerFast) -> Iterator[list[tuple[list[int], int]]]:
+    """Yield batches of conversations of about the same length, to pad them little."""
+    samples, shuffle = conversations(SEED), random.Random(SEED).shuffle
+    while True:
+        pool = [encode(tokenizer, *next(samples)) for _ in range(8 * BATCH)]
+        pool.sort(key=lambda sample: len(sample[0]))
+        starts = list(range(0, len(pool), BATCH))
+        shuffle(starts)
+        yield from (pool[start : start + BATCH] for start in starts)
+
+
+def train(tokenizer: LlamaTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=128,
+            intermediate_size=344,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    print(f"{model.num_parameters():,} parameters, {STEPS} steps of {BATCH} conversations")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.1)
+    warm_up = 100
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(step / warm_up, 0.51 + 0.49 * math.cos(math.pi * step / STEPS)),
+    )
+    for step, batch in enumerate(itertools.islice(batches(tokenizer), STEPS), start=1):
+        length = max(len(ids) for ids, _ in batch)
+        inputs = torch.full((BATCH, length), tokenizer.eos_token_id)
+        labels = torch.full((BATCH, length), -100)  # The loss passes over these.
+        for row, (ids, prompt_length) in enumerate(batch):
+            inputs[row, : len(ids)] = torch.tensor(ids)
+            labels[row, prompt_length : len(ids)] = inputs[row, prompt_length : len(ids)]
+        loss = model(inputs, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step}/{STEPS}, loss {loss.item():.3f}", flush=True)
+    return model
+
+
+def export(checkpoint: Path, folder: Path, *options: str) -> None:
+    subprocess.run(
+        ["optimum-cli", "export", "openvino", "--model", str(checkpoint)]
+        + ["--task", "text-generation-with-past", *options, str(folder)],
+        check=True,
+    )
+    (folder / "openvino_config.json").unlink()  # It names folders of this machine; nobody reads it.
+
+
+def make_tiny_llama(text: list[str], checkpoint: Path) -> None:
+    """The model that ships: LLaMA's tokenizer, and weights that were trained."""
+    tokenizer = llama_tokenizer(checkpoint, text, VOCAB_SIZE)
+    train(tokenizer).save_pretrained(checkpoint)
+    export(checkpoint, MODELS / "tiny-llama", "--weight-format", "int8")
+
+
+def byte_level_tokenizer(text: list[str], pattern: str, **options) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with the settings that LLaMA 3 and Qwen share."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special_tokens = [options["bos_token"], options["eos_token"]]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+# Random weights: what they say is noise, which is what a test of streaming wants.
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 16384,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.3,
+}
+
+
+def make_tiny_llama3(text: list[str], checkpoint: Path) -> None:
+    """LLaMA 3's tokenizer: bytes, and a clean-up of spaces when decoding."""
+    tokenizer = byte_level_tokenizer(
+        text,
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        clean_up_tokenization_spaces=True,
+    )
+    save_random(LlamaForCausalLM, LlamaConfig, tokenizer, checkpoint)
+    export(checkpoint, MODELS / "tiny-llama3", "--weight-format", "int8")
+
+
+def make_tiny_qwen(text: list[str], checkpoint: Path) -> None:
+    """Qwen's tokenizer: bytes, and no clean-up."""
+    tokenizer = byte_level_tokenizer(
+        text,
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        clean_up_tokenization_spaces=False,
+    )
+    save_random(Qwen2ForCausalLM, Qwen2Config, tokenizer, checkpoint)
+    export(checkpoint, MODELS / "tiny-qwen", "--weight-format", "int8")
+
+
+def make_tiny_chatglm(text: list[str], checkpoint: Path) -> None:
+    """ChatGLM's kind of detokenizer, one SentencePiece operation, on the GLM architecture.
+
+    ChatGLM's own code is on Hugging Face only, and a GLM checkpoint has a byte-level tokenizer.
+    """
+    tokenizer = llama_tokenizer(checkpoint, text, 600, remove_extra_whitespaces=True)
+    save_random(GlmForCausalLM, GlmConfig, tokenizer, checkpoint)
+    export(checkpoint, MODELS / "tiny-chatglm", "--weight-format", "int8")
+    for model, name in zip(
+        convert_tokenizer(tokenizer, with_detokenizer=True, use_sentencepiece_backend=True),
+        ("tokenizer", "detokenizer"),
+        strict=True,
+    ):
+        openvino.save_model(model, MODELS / "tiny-chatglm" / f"openvino_{name}.xml")
+
+
+def save_random(model_class, config_class, tokenizer, checkpoint: Path) -> None:
+    torch.manual_seed(SEED)
+    config = config_class(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        **TINY,
+    )
+    model_class(config).save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+
+
+def main() -> None:
+    pairs = itertools.islice(conversations(SEED), 8000)
+    text = [part for pair in pairs if pair[0].isascii() for part in pair]
+    lines = "\n".join(f"<|user|>\n{part}\n<|assistant|>" for part in text).split("\n")
+    makers = {
+        "tiny-llama": make_tiny_llama,
+        "tiny-llama3": make_tiny_llama3,
+        "tiny-qwen": make_tiny_qwen,
+        "tiny-chatglm": make_tiny_chatglm,
+    }
+    parser = argparse.ArgumentParser(description="Make the models in tests/models again.")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"one of: {', '.join(makers)}")
+    for name in parser.parse_args().names or makers:
+        shutil.rmtree(MODELS / name, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as checkpoint:
+            makers[name](lines, Path(checkpoint))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The script as a process, on the model that ships."""
+
+import ast
+
+import pytest
+from conftest import MODELS
+
+MODEL = MODELS / "tiny-llama"
+SUN = "Why is the Sun yellow?"
+CODE = "Write a Python function that finds the even numbers in a list."
+HELLO = "Say hello in Chinese, Russian and emoji."
+
+
+def test_it_answers_and_ends_with_one_newline(run_script):
+    process = run_script(MODEL, SUN)
+    assert process.returncode == 0
+    assert "yellow" in process.stdout
+    assert process.stdout.endswith((".\n", "!\n"))
+    assert process.stdout.count("\n") == 1
+
+
+def test_stderr_has_one_line_about_loading(run_script):
+    process = run_script(MODEL, SUN, "--device", "CPU")
+    assert process.stderr == f"Loading {MODEL} on CPU ...\n"
+
+
+def test_four_runs_print_four_texts(run_script):
+    assert len({run_script(MODEL, SUN).stdout for _ in range(4)}) == 4
+
+
+def test_code_keeps_its_indentation(run_script):
+    code = run_script(MODEL, CODE).stdout
+    ast.parse(code)
+    assert "\n    for " in code
+    assert "\n        if " in code
+
+
+def test_characters_of_several_tokens_arrive_whole(run_script):
+    text = run_script(MODEL, HELLO).stdout
+    assert "\ufffd" not in text
+    assert "：" in text
+    assert "усски" in text
+    assert any(ord(character) > 0xFFFF for character in text)
+
+
+def test_help_explains_every_argument_and_shows_an_example(run_script):
+    text = run_script("--help").stdout
+    for word in "model_dir", "prompt", "--device", "default: CPU", "example:":
+        assert word in text
+
+
+@pytest.mark.parametrize("prompt", [SUN, CODE, HELLO])
+def test_at_least_18_of_20_answers_of_the_model_are_well_formed(load_pipe, prompt):
+    pipe = load_pipe("tiny-llama")
+    config = pipe.get_generation_config()
+    config.max_new_tokens = 100
+    config.do_sample = True
+    config.top_p = 0.9
+    config.top_k = 30
+    answers = []
+    for config.rng_seed in range(20):
+        answers.append(pipe.generate(prompt, config))
+    assert sum(map(is_well_formed, answers)) >= 18
+    assert len(set(answers)) >= 4
+
+
+def is_well_formed(answer: str) -> bool:
+    if "\ufffd" in answer:
+        return False
+    if answer.startswith("def "):
+        try:
+            ast.parse(answer)
+        except SyntaxError:
+            return False
+        return "\n        " in answer
+    if "Emoji: " in answer:
+        return answer.count("\n") == 2
+    return answer.endswith((".", "!")) and 2 <= answer.count(". ") + 1 <= 4

@@ -1,0 +1,51 @@
+"""`stream` on real pipelines: it yields what `generate` returns."""
+
+import openvino_genai
+import pytest
+from conftest import FAMILIES
+
+from multinomial_causal_lm import stream
+
+PROMPTS = [
+    "Why is the Sun yellow?",
+    "Write a Python function that finds the even numbers in a list.",
+    "Say hello in Chinese, Russian and emoji.",
+]
+# With it, the second run of a prompt computes a little differently, and may choose other tokens.
+NO_PREFIX_CACHING = openvino_genai.SchedulerConfig()
+NO_PREFIX_CACHING.enable_prefix_caching = False
+PROPERTIES = {
+    "paged attention": {"ATTENTION_BACKEND": "PA", "scheduler_config": NO_PREFIX_CACHING},
+    "SDPA": {"ATTENTION_BACKEND": "SDPA"},
+    "prompt lookup": {"prompt_lookup": True, "scheduler_config": NO_PREFIX_CACHING},
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(params=PROPERTIES)
+def pipe(request, family, load_pipe):
+    return load_pipe(family, **PROPERTIES[request.param])
+
+
+@pytest.fixture
+def config(pipe, request):
+    config = pipe.get_generation_config()
+    config.max_new_tokens = 100
+    config.do_sample = True
+    config.top_p = 0.9
+    config.top_k = 30
+    if "prompt lookup" in request.node.name:  # Several tokens in one call of `write`.
+        config.num_assistant_tokens = 5
+        config.max_ngram_size = 3
+    return config
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_chunks_add_up_to_what_generate_returns(pipe, config, seed):
+    config.rng_seed = seed
+    prompt = PROMPTS[seed % len(PROMPTS)]
+    assert "".join(stream(pipe, prompt, config)) == pipe.generate(prompt, config)
