@@ -37,10 +37,11 @@ class IterableStreamer(openvino_genai.StreamerBase):
         self._chunks = queue.Queue()  # of str, then the end: None, or an exception.
         self._lock = threading.Lock()  # `end` and `cancel` may come from any thread.
         self._ended = False
-        self._tokens: list[int] = []  # What the next decode needs.
-        self._undecoded = 0  # How many of them no decode has seen.
+        self._tokens: list[int] = []  # What the next decode needs,
+        self._undecoded = 0  # how many of them no decode has seen,
+        self._yielded = 0  # and how many characters of their text are in the queue.
+        self._context = None  # Few tokens with text, and its length: a place to decode from.
         self._decoded_at = float("-inf")  # Seconds.
-        self._yielded = 0  # How many characters of the decoded text are in the queue.
 
         # A later token can complete a character, which decodes to U+FFFD until then. Where the
         # tokenizer cleans up, it can also remove a space: " n" + "'t" -> "n't", " " + "." -> ".".
@@ -64,7 +65,7 @@ class IterableStreamer(openvino_genai.StreamerBase):
 
     def write(self, token: int | list[int]) -> StreamingStatus:
         """Take one or more tokens, on the thread that generates. CANCEL stops the generation."""
-        return self._update(token if isinstance(token, list) else [token])
+        return self._update([token] if isinstance(token, int) else token)
 
     def end(self) -> None:
         """Yield the rest of the text, then end the iteration. Any thread may call it, repeatedly."""
@@ -85,7 +86,8 @@ class IterableStreamer(openvino_genai.StreamerBase):
                     self._undecoded += 1
                     if self._undecoded == 16:
                         self._decode()
-                if last or (tokens and time.perf_counter() - self._decoded_at >= 0.01):
+                late = time.perf_counter() - self._decoded_at >= 0.01
+                if last or (late and self._undecoded):
                     self._decode(last)
             except BaseException as caught:  # noqa: BLE001 - if it left, the library would abort.
                 error, last = caught, True
@@ -102,21 +104,27 @@ class IterableStreamer(openvino_genai.StreamerBase):
         if end > self._yielded:
             self._chunks.put(text[self._yielded : end])
             self._yielded = end
-        if len(self._tokens) > 48 and text:
-            self._shorten(text)
+        if self._context and end == len(text):
+            self._tokens, self._yielded = self._context[0].copy(), self._context[1]
+        elif text and len(self._tokens) > 48:
+            self._shorten(text[end:])
 
-    def _shorten(self, text: str) -> None:
-        """Drop tokens from the middle, so that a decode costs the same however long the text is.
+    def _shorten(self, changeable: str) -> None:
+        """Forget old tokens, so that a decode costs the same however long the text is.
 
-        The end stays, because it is not complete. So does something visible before it, because
-        detokenizers remove white space from the beginning of whatever they decode.
+        Detokenizers drop white space at the beginning of what they decode. So the tokens that stay
+        must have text that is in the queue already, and behind it the same text that may change.
         """
-        for start in range(len(self._tokens) - 32, -8, -8):
-            tokens = self._tokens[max(start, 0) :][:16] + self._tokens[-16:]
-            shorter = self._tokenizer.decode(tokens)
-            end = self._changeable.search(shorter).start()
-            if shorter and shorter[end:] == text[self._yielded :]:
+        for start in range(len(self._tokens) - 16, -8, -8):
+            tokens = self._tokens[max(start, 0) :]
+            if not changeable:  # Then it need not be the latest ones: those may have no text.
+                tokens = tokens[:16]
+            text = self._tokenizer.decode(tokens)
+            end = self._changeable.search(text).start()
+            if end and text[end:] == changeable:
                 self._tokens, self._yielded = tokens, end
+                if not changeable:
+                    self._context = tokens.copy(), end
                 return
 
 

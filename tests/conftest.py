@@ -1,16 +1,9 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import openvino_genai
 import pytest
-
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "multinomial_causal_lm.py"
-MODELS = ROOT / "tests" / "models"
-FAMILIES = ["tiny-llama", "tiny-llama3", "tiny-qwen", "tiny-chatglm"]
-
-sys.path.insert(0, str(ROOT))
+from families import MODELS, SCRIPT
 
 
 @pytest.fixture

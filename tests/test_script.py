@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import MODELS
+from families import MODELS
 
 MODEL = MODELS / "tiny-llama"
 SUN = "Why is the Sun yellow?"

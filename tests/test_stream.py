@@ -2,7 +2,7 @@
 
 import openvino_genai
 import pytest
-from conftest import FAMILIES
+from families import FAMILIES
 
 from multinomial_causal_lm import stream
 

@@ -1,0 +1,185 @@
+"""Compare streamers, in one run on one machine. From the top of the repository:
+
+    python tests/benchmark_streaming.py
+
+"Time" and "CPU" are of a token of the shipped model, as ratios to a streamer that does nothing.
+"Lag" is how many tokens the text is behind, where tokens arrive slowly. The cost of a token of one
+long line is that of the streamer alone, where each token is decoded. "Changed" counts sequences
+of tokens whose text differs from `decode` of all of them; raising an exception counts too.
+"""
+
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+
+import openvino_genai
+from families import FAMILIES, MODELS, PROSE, TEXTS, Clock, Tokenizer
+from openvino_genai import StreamingStatus, TextStreamer
+
+import multinomial_causal_lm
+from multinomial_causal_lm import IterableStreamer
+
+NAMES = ["no streamer", "does nothing", "TextStreamer", "IterableStreamer"]
+ROUNDS, TOKENS = 15, 800
+SEQUENCES = 250  # For each family.
+LINE = 8192
+
+
+class Nothing(openvino_genai.StreamerBase):
+    def write(self, token):
+        return StreamingStatus.RUNNING
+
+    def end(self):
+        pass
+
+
+def make_streamer(name: str, tokenizer, texts: list[str]):
+    """Return a streamer that appends its text to `texts`, and a function that makes it do so."""
+    if name == "no streamer":
+        return None, lambda: None
+    if name == "does nothing":
+        return Nothing(), lambda: None
+    if name == "TextStreamer":
+        return TextStreamer(tokenizer, texts.append), lambda: None
+    streamer = IterableStreamer(tokenizer)
+
+    def read():
+        while not streamer._chunks.empty() and (chunk := streamer._chunks.get()):
+            texts.append(chunk)
+
+    return streamer, read
+
+
+def progress(text: str) -> None:
+    print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
+
+
+def time_generation() -> dict[str, tuple[float, float]]:
+    """Return the median time and CPU time of a token, in seconds, of interleaved runs."""
+    pipe = openvino_genai.LLMPipeline(MODELS / "tiny-llama", "CPU")
+    config = pipe.get_generation_config()
+    config.max_new_tokens, config.ignore_eos, config.do_sample = TOKENS, True, True
+    times = {name: [] for name in NAMES}
+    for round_ in range(ROUNDS):
+        progress(f"generating, round {round_ + 1} of {ROUNDS}")
+        config.rng_seed = round_
+        for name in random.sample(NAMES, len(NAMES)):
+            streamer, _ = make_streamer(name, pipe.get_tokenizer(), [])
+            start, cpu_start = time.perf_counter(), time.process_time()
+            pipe.generate("Why is the Sun yellow?", config, streamer)
+            cpu, wall = time.process_time() - cpu_start, time.perf_counter() - start
+            times[name].append((wall / TOKENS, cpu / TOKENS))
+    return {name: tuple(map(statistics.median, zip(*times[name], strict=True))) for name in NAMES}
+
+
+def measure_lag(name: str, tokenizer: Tokenizer) -> tuple[int, float, int]:
+    """Return the tokens until the first text, and how many tokens text is behind: mean, most."""
+    tokens = tokenizer.tokens("The Sun is yellow. " + TEXTS["code"])[:300]
+    lengths = [len(tokenizer.decode(tokens[:count])) for count in range(len(tokens) + 1)]
+    texts, lags = [], []
+    streamer, read = make_streamer(name, tokenizer.tokenizer, texts)
+    for count, token in enumerate(tokens, start=1):
+        progress(f"lag of {name}, token {count} of {len(tokens)}")
+        time.sleep(0.011)
+        streamer.write(token)
+        read()
+        shown = len("".join(texts))
+        lags.append(count - max(n for n in range(count + 1) if lengths[n] <= shown))
+    first = next(count for count, lag in enumerate(lags, start=1) if lag < count)
+    return first, statistics.mean(lags), max(lags)
+
+
+def cost_of_a_line(name: str, tokenizer: Tokenizer) -> tuple[float, float]:
+    """Return the median time of a token of one line, in seconds: of the first 256, the last 256."""
+    words = tokenizer.tokens("The Sun is yellow because of the air around the Earth, and ")
+    tokens = (words * LINE)[:LINE]
+    streamer, _ = make_streamer(name, tokenizer.tokenizer, [])
+    times = []
+    for count, token in enumerate(tokens):
+        if count % 512 == 0:
+            progress(f"one line with {name}, token {count} of {LINE}")
+        multinomial_causal_lm.time.now += 1  # So that ours decodes each token, too.
+        start = time.perf_counter()
+        streamer.write(token)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[:256]), statistics.median(times[-256:])
+
+
+def count_changed(name: str) -> tuple[int, int]:
+    """Return how many sequences of tokens the streamer changed, and how many it was given."""
+    changed = 0
+    for family in FAMILIES:
+        tokenizer = Tokenizer(family)
+        generator = random.Random(0)
+        for number in range(SEQUENCES):
+            if number % 25 == 0:
+                progress(f"{name}, {family}, sequence {number} of {SEQUENCES}")
+            tokens = random_tokens(generator, tokenizer)
+            texts = []
+            streamer, read = make_streamer(name, tokenizer.tokenizer, texts)
+            try:
+                for token in tokens:
+                    streamer.write(token)
+                streamer.end()
+                read()
+                changed += "".join(texts) != tokenizer.decode(tokens)
+            except Exception:  # noqa: BLE001 - TextStreamer raises UnicodeDecodeError for some.
+                changed += 1
+    return changed, SEQUENCES * len(FAMILIES)
+
+
+def random_tokens(generator: random.Random, tokenizer: Tokenizer) -> list[int]:
+    """Return lines of real text, or tokens of groups that make streaming hard."""
+    if generator.random() < 0.5:
+        lines = (TEXTS["code"] + PROSE).splitlines(keepends=True)
+        start = generator.randrange(len(lines) - 4)
+        return tokenizer.tokens("".join(lines[start : start + 4]))
+    pools = [pool for pool in tokenizer.pools() if pool]
+    return [generator.choice(generator.choice(pools)) for _ in range(40)]
+
+
+def main() -> None:
+    cores = os.cpu_count()
+    print(f"{platform.system()} {platform.machine()}, {cores} cores, {cpu_name()}")
+    print(f"Python {platform.python_version()}, openvino-genai {openvino_genai.__version__}\n")
+    generation = time_generation()
+    token, cpu = generation["does nothing"]
+    tokenizer = Tokenizer("tiny-llama")
+    rows = [
+        ["", "time", "CPU", "first text", "lag: mean, most", "8,192nd token of a line", "changed"]
+    ]
+    for name in NAMES:
+        row = [name, *(f"{mine / base:.2f}" for mine, base in zip(generation[name], (token, cpu)))]
+        if name in ("TextStreamer", "IterableStreamer"):
+            first, mean, most = measure_lag(name, tokenizer)
+            real_time, multinomial_causal_lm.time = multinomial_causal_lm.time, Clock()
+            early, late = cost_of_a_line(name, tokenizer)
+            multinomial_causal_lm.time = real_time
+            changed, sequences = count_changed(name)
+            row += [f"token {first}", f"{mean:.1f}, {most} tokens"]
+            row += [f"{late / early:.1f} times the first", f"{changed} of {sequences:,}"]
+        rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+    progress("")
+    print(f"\rA token takes {token * 1e3:.2f} ms with a streamer that does nothing.\n")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("| " + " | ".join(cells) + " |")
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(
+                line.split(": ")[1].strip() for line in file if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The families of models in tests/models, and what the tests and the benchmark feed to them."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import openvino_genai
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "multinomial_causal_lm.py"
+MODELS = ROOT / "tests" / "models"
+FAMILIES = ["tiny-llama", "tiny-llama3", "tiny-qwen", "tiny-chatglm"]
+sys.path.insert(0, str(ROOT))  # To import the script.
+
+CODE = SCRIPT.read_text(encoding="utf-8")
+PROSE = """The Sun isn't yellow , is it ? It 's white!  They 've "seen" it: 'white', said n
+\tЯ читаю это медленно.\n\n\n    你好，世界！ こんにちは नमस्ते مرحبا
+    👩‍💻 👨‍👩‍👧‍👦 🏳️‍🌈 🇺🇦 ❤️ é e\u0301 \u2028 end   \n"""
+TEXTS = {"code": CODE[:3000], "prose": PROSE, "one line": " ".join(CODE.split())[:3000]}
+
+
+class Clock:
+    """Stands in for the `time` module of the script, and goes only when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Tokenizer:
+    """A tokenizer of tests/models that keeps an account of its work."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.tokenizer = openvino_genai.Tokenizer(MODELS / family)
+        config = json.loads((MODELS / family / "config.json").read_text(encoding="utf-8"))
+        self.size = config["vocab_size"]
+        self.texts = self.tokenizer.decode([[token] for token in range(self.size)])
+        self.lengths = []
+
+    def encode(self, text: str, **options):
+        return self.tokenizer.encode(text, **options)
+
+    def decode(self, tokens):
+        self.lengths.append(len(tokens))
+        return self.tokenizer.decode(tokens)
+
+    def tokens(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
+
+    def pools(self) -> list[list[int]]:
+        """Groups of tokens that make streaming hard, after all of them."""
+
+        def pool(condition) -> list[int]:
+            return [token for token, text in enumerate(self.texts) if condition(text)]
+
+        pools = [
+            list(range(self.size)),
+            pool(lambda text: not text),  # Special tokens, for one.
+            pool(lambda text: not text.strip()),
+            pool(lambda text: "\ufffd" in text),  # Bytes.
+            pool(lambda text: set(text) & set(".,!?'\\")),
+            pool(lambda text: text.strip() in ["", "n", "t", "s", "m", "v", "e", "'", "'t", "."]),
+        ]
+        return [*pools, list(itertools.chain(*pools[1:]))]

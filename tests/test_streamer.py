@@ -1,0 +1,215 @@
+"""The contract of `IterableStreamer`, on the tokenizers of four families."""
+
+import itertools
+import threading
+
+import pytest
+from families import CODE, FAMILIES, PROSE, TEXTS, Clock, Tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openvino_genai import StreamingStatus
+
+import multinomial_causal_lm
+from multinomial_causal_lm import IterableStreamer
+
+SLOW, FAST = 0.02, 0.0005  # Seconds from one call of `write` to the next.
+CONTRACTIONS = ["'", "'t", "'s", "'m", "'ve", "'re", "n't", "' ", "."]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def tokenizer(request):
+    return Tokenizer(request.param)
+
+
+@pytest.fixture(scope="module")
+def clock():
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock()
+        patch.setattr(multinomial_causal_lm, "time", clock)
+        yield clock
+
+
+def write_all(tokenizer, clock, tokens, interval=SLOW, sizes=(1,)) -> list[str]:
+    """Write the tokens in parts of these sizes; return what is there to read after each part."""
+    streamer = IterableStreamer(tokenizer)
+    tokenizer.lengths.clear()
+    texts, start = [], 0
+    for size in itertools.cycle(sizes):
+        part = tokens[start : start + size]
+        if not part:
+            break
+        clock.now += interval
+        streamer.write(part if size > 1 else part[0])
+        texts.append((texts or [""])[-1] + drain(streamer))
+        start += size
+    streamer.end()
+    return [*texts, (texts or [""])[-1] + "".join(streamer)]
+
+
+def drain(streamer) -> str:
+    """Take what can be read without waiting."""
+    return "".join(streamer._chunks.get() for _ in range(streamer._chunks.qsize()))
+
+
+def sequences(pools: list[list[int]]):
+    token = st.one_of([st.sampled_from(pool) for pool in pools if pool])
+    run = st.builds(lambda token, count: [token] * count, token, st.integers(1, 80))
+    some = st.one_of([st.lists(st.sampled_from(pool), max_size=12) for pool in pools if pool])
+    return st.lists(st.one_of(run, some), max_size=8).map(
+        lambda parts: list(itertools.chain(*parts))
+    )
+
+
+def test_any_tokens_in_any_parts_come_out_as_decode_says(tokenizer, clock):
+    @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        tokens=sequences(tokenizer.pools()),
+        sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5) | st.just([1]),
+        interval=st.sampled_from([SLOW, FAST]),
+    )
+    def check(tokens, sizes, interval):
+        *_, text = write_all(tokenizer, clock, tokens, interval, sizes)
+        assert text == tokenizer.decode(tokens)
+
+    check()
+
+
+@pytest.mark.parametrize("text", [*TEXTS.values(), "\ufffd, a \ufffd of the model's own\ufffd"])
+@pytest.mark.parametrize("interval", [SLOW, FAST])
+def test_real_text_comes_out_as_decode_says(tokenizer, clock, text, interval):
+    tokens = tokenizer.tokens(text)
+    *_, streamed = write_all(tokenizer, clock, tokens, interval)
+    assert streamed == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_no_later_token_can_change_is_there_when_write_returns(tokenizer, clock, text):
+    """Compare with what can follow: any one token, a contraction, the rest of a character."""
+    tokens = tokenizer.tokens(TEXTS[text])[:150]
+    *streamed, _ = write_all(tokenizer, clock, tokens)
+    following = [[token] for token in range(tokenizer.size)]
+    following += [tokenizer.tokens("a" + piece)[1:] for piece in CONTRACTIONS]
+    for count, known_text in enumerate(streamed, start=1):
+        window = tokens[max(count - 30, 0) : count]
+        decoded = tokenizer.tokenizer.decode(window)
+        rest = [tokens[count : count + more] for more in (2, 3)]
+        futures = tokenizer.tokenizer.decode([window + more for more in following + rest])
+        can_change = len(decoded) - len(common_prefix([decoded, *futures]))
+        complete = tokenizer.decode(tokens[:count])
+        assert known_text == complete[: len(complete) - can_change]
+
+
+def common_prefix(texts: list[str]) -> str:
+    first, last = min(texts), max(texts)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(character for character, _ in same)
+
+
+def test_the_first_token_is_there_at_once(tokenizer, clock):
+    token = tokenizer.texts.index("def" if "def" in tokenizer.texts else "The")
+    assert write_all(tokenizer, clock, [token])[0] == tokenizer.texts[token]
+
+
+def test_bytes_that_never_become_a_character_keep_coming(tokenizer, clock):
+    token = next(t for t, text in enumerate(tokenizer.texts) if text == "\ufffd")
+    *texts, _ = write_all(tokenizer, clock, [token] * 200)
+    for count, text in enumerate(texts, start=1):
+        assert len(text) >= len(tokenizer.tokenizer.decode([token] * count)) - 3
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_slow_tokens_cost_one_short_decode_each(tokenizer, clock, text):
+    tokens = (tokenizer.tokens(TEXTS[text]) * 20)[:3000]
+    write_all(tokenizer, clock, tokens)
+    assert max(tokenizer.lengths) <= 64
+    assert len(tokenizer.lengths) <= 1.1 * len(tokens)
+
+
+def test_a_decode_is_short_in_a_long_run_of_any_token(tokenizer, clock):
+    visible = tokenizer.tokens("a")
+    for pool in tokenizer.pools():
+        for token in pool[:: max(len(pool) // 10, 1)]:
+            for interval, sizes in (SLOW, [1]), (FAST, [1]), (SLOW, [100]):
+                write_all(tokenizer, clock, visible + [token] * 200, interval, sizes)
+                assert max(tokenizer.lengths) <= 64
+
+
+def test_a_decode_is_short_in_any_tokens_that_have_text(tokenizer, clock):
+    pools = [[token for token in pool if tokenizer.texts[token]] for pool in tokenizer.pools()]
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(tokens=sequences(pools), interval=st.sampled_from([SLOW, FAST]))
+    def check(tokens, interval):
+        write_all(tokenizer, clock, tokens * 3, interval)
+        assert max(tokenizer.lengths) <= 64
+
+    check()
+
+
+def test_fast_tokens_are_decoded_together(tokenizer, clock):
+    tokens = (tokenizer.tokens(CODE) * 3)[:3000]
+    write_all(tokenizer, clock, tokens, interval=FAST)
+    assert len(tokenizer.lengths) <= len(tokens) / 10
+
+
+@pytest.mark.parametrize("interval", [0.0001, FAST, 0.003, 0.0099, SLOW])
+def test_text_is_never_later_than_ten_milliseconds_or_one_token(tokenizer, clock, interval):
+    token = tokenizer.tokens("aa aa")[-1]
+    tokens = [token] * 500
+    *texts, _ = write_all(tokenizer, clock, tokens, interval)
+    for count, text in enumerate(texts, start=1):
+        late = max(count - len(text) // len(tokenizer.decode([token, token]).strip()) * 2, 0)
+        assert late * interval <= 0.01 + interval
+
+
+def test_many_tokens_in_one_call_are_decoded_in_short_parts(tokenizer, clock):
+    tokens = (tokenizer.tokens(CODE) * 3)[:3000]
+    *_, text = write_all(tokenizer, clock, tokens, sizes=[3000])
+    assert max(tokenizer.lengths[:-1]) <= 64  # The last one is ours, of all tokens.
+    assert text == tokenizer.decode(tokens)
+
+
+def test_the_end_is_the_end_for_every_reader(tokenizer, clock):
+    streamer = IterableStreamer(tokenizer)
+    readers = [threading.Thread(target=list, args=[streamer], daemon=True) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    streamer.write(tokenizer.tokens("a"))
+    for _ in range(3):
+        streamer.end()
+    for reader in readers:
+        reader.join(timeout=10)
+        assert not reader.is_alive()
+    for _ in range(3):
+        with pytest.raises(StopIteration):
+            next(streamer)
+
+
+def test_end_may_come_from_any_thread_before_the_last_write(tokenizer, clock):
+    streamer = IterableStreamer(tokenizer)
+    tokens = tokenizer.tokens("a b")
+    assert streamer.write(tokens) == StreamingStatus.RUNNING
+    thread = threading.Thread(target=streamer.end)
+    thread.start()
+    thread.join()
+    assert streamer.write(tokens) == StreamingStatus.CANCEL  # Nobody can read it any more.
+    streamer.end()
+    assert "".join(streamer) == tokenizer.decode(tokens)
+
+
+def test_a_streamer_that_was_never_written_to_ends(tokenizer):
+    streamer = IterableStreamer(tokenizer)
+    streamer.end()
+    assert list(streamer) == []
+
+
+def test_an_object_that_can_only_decode_will_do(tokenizer, clock):
+    class Decoder:
+        decode = tokenizer.decode
+
+    tokens = tokenizer.tokens(PROSE)
+    *_, text = write_all(tokenizer, clock, tokens)
+    streamer = IterableStreamer(Decoder())
+    streamer.write(tokens)
+    streamer.end()
+    assert "".join(streamer) == text
