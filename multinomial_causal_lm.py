@@ -84,7 +84,7 @@ class IterableStreamer(openvino_genai.StreamerBase):
                 for token in tokens:
                     self._tokens.append(token)
                     self._undecoded += 1
-                    if self._undecoded == 16:
+                    if self._undecoded == 32:
                         self._decode()
                 late = time.perf_counter() - self._decoded_at >= 0.01
                 if last or (late and self._undecoded):
@@ -106,7 +106,7 @@ class IterableStreamer(openvino_genai.StreamerBase):
             self._yielded = end
         if self._context and end == len(text):
             self._tokens, self._yielded = self._context[0].copy(), self._context[1]
-        elif text and len(self._tokens) > 48:
+        elif text and len(self._tokens) > 32:
             self._shorten(text[end:])
 
     def _shorten(self, changeable: str) -> None:
