@@ -7,17 +7,28 @@ python multinomial_causal_lm.py TinyLlama-1.1B-Chat-v1.0 "Why is the Sun yellow?
 
 import argparse
 import contextlib
+import errno
+import os
 import queue
 import re
 import secrets
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+if __name__ == "__main__":
+    # Ctrl+C ends the process at once, also inside the library, where Python would not see it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Before the imports below, which are slow.
+
+import openvino
 import openvino_genai
 from openvino_genai import StreamingStatus
+
+CONTROL = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]")
 
 
 class IterableStreamer(openvino_genai.StreamerBase):
@@ -151,6 +162,29 @@ def stream(
             streamer.cancel()
 
 
+def explain(error: RuntimeError, model_dir: str, device: str) -> str:
+    """Return one line that says why the library refused a model or a device, and what to do."""
+    folder = Path(model_dir)
+    if not folder.exists():
+        return f"error: there is no {model_dir}"
+    if folder.is_dir() and not (folder / "openvino_model.xml").exists():
+        return (
+            f"error: there is no OpenVINO model in {model_dir}. If it is a checkpoint, convert it: "
+            f'optimum-cli export openvino --task text-generation-with-past --model "{model_dir}" '
+            f'"{folder.name}-openvino"'
+        )
+    for name in "openvino_tokenizer.xml", "openvino_detokenizer.xml":
+        if folder.is_dir() and not (folder / name).exists():
+            return (
+                f"error: there is no {name} in {model_dir}. "
+                'Convert the model again after: pip install "openvino-tokenizers[transformers]"'
+            )
+    reason = str(error).strip().splitlines()[-1]  # Before it come places in the library's source.
+    message = f"error: cannot run {model_dir} on {device}: {reason}"
+    devices = openvino.Core().available_devices
+    return message if device in devices else f"{message} (available devices: {', '.join(devices)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Stream the answer of a large language model, chosen by random sampling.",
@@ -160,21 +194,38 @@ def main() -> None:
     parser.add_argument("prompt", help="what to ask the model")
     parser.add_argument("--device", default="CPU", help="CPU, GPU, NPU, ... (default: %(default)s)")
     args = parser.parse_args()
+    if not args.prompt.strip() or re.search("[\ud800-\udfff]", args.prompt):
+        parser.error("the prompt must be text, in valid Unicode")
+    sys.stdout.reconfigure(errors="replace")  # Print "?" for what the terminal cannot show.
 
-    print(f"Loading {args.model_dir} on {args.device} ...", file=sys.stderr, flush=True)
-    pipe = openvino_genai.LLMPipeline(args.model_dir, args.device)
+    # The library tries other formats, with many messages, if an .xml file is none.
+    model = Path(args.model_dir, "openvino_model.xml")
+    if model.is_file() and not model.read_bytes().startswith((b"<", b"\xef\xbb\xbf<")):
+        sys.exit(f"error: {model} is not an OpenVINO model. From a Git clone? Try: git lfs pull")
 
-    # What is not set here stays as the model's own generation_config.json has it.
-    config = pipe.get_generation_config()
-    config.max_new_tokens = 100  # Stop here, if the model does not stop before.
-    config.do_sample = True  # Choose each token at random. False takes the most probable one.
-    config.top_p = 0.9  # Choose from the most probable tokens that add up to this probability,
-    config.top_k = 30  # and from no more than so many of them.
-    config.rng_seed = secrets.randbits(32)  # Another text on every run; a constant repeats one.
+    try:
+        print(f"Loading {args.model_dir} on {args.device} ...", file=sys.stderr, flush=True)
+        pipe = openvino_genai.LLMPipeline(args.model_dir, args.device)
 
-    for chunk in stream(pipe, args.prompt, config):
-        print(chunk, end="", flush=True)
-    print()
+        # What is not set here stays as the model's own generation_config.json has it.
+        config = pipe.get_generation_config()
+        config.max_new_tokens = 100  # Stop here, if the model does not stop before.
+        config.do_sample = True  # Choose each token at random. False takes the most probable one.
+        config.top_p = 0.9  # Choose from the most probable tokens that add up to this probability,
+        config.top_k = 30  # and from no more than so many of them.
+        config.rng_seed = secrets.randbits(32)  # Another text on every run; a constant repeats one.
+
+        for chunk in stream(pipe, args.prompt, config):
+            if sys.stdout.isatty():  # Show control characters: they could command the terminal.
+                chunk = CONTROL.sub(lambda character: ascii(character[0])[1:-1], chunk)
+            print(chunk, end="", flush=True)
+        print(flush=True)
+    except RuntimeError as error:
+        sys.exit(explain(error, args.model_dir, args.device))
+    except OSError as error:  # Of stdout. That its reader has gone, as in `| head`, is no error.
+        if error.errno not in (errno.EPIPE, errno.EINVAL):
+            print(f"error: {error}", file=sys.stderr)
+        os._exit(1)  # sys.exit would write to stdout again, and fail again.
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`stream` on real pipelines: it yields what `generate` returns."""
 
-import openvino_genai
 import pytest
+from conftest import PROPERTIES
 from families import FAMILIES
 
 from multinomial_causal_lm import stream
@@ -11,14 +11,6 @@ PROMPTS = [
     "Write a Python function that finds the even numbers in a list.",
     "Say hello in Chinese, Russian and emoji.",
 ]
-# With it, the second run of a prompt computes a little differently, and may choose other tokens.
-NO_PREFIX_CACHING = openvino_genai.SchedulerConfig()
-NO_PREFIX_CACHING.enable_prefix_caching = False
-PROPERTIES = {
-    "paged attention": {"ATTENTION_BACKEND": "PA", "scheduler_config": NO_PREFIX_CACHING},
-    "SDPA": {"ATTENTION_BACKEND": "SDPA"},
-    "prompt lookup": {"prompt_lookup": True, "scheduler_config": NO_PREFIX_CACHING},
-}
 
 
 @pytest.fixture(params=FAMILIES)

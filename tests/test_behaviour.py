@@ -1,0 +1,357 @@
+"""What happens when things go wrong: real processes, real signals, real pipes, real pipelines."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import PROPERTIES
+from families import MODELS, SCRIPT
+
+from multinomial_causal_lm import CONTROL, IterableStreamer, stream
+
+MODEL = MODELS / "tiny-llama"
+SUN = "Why is the Sun yellow?"
+posix = pytest.mark.skipif(os.name == "nt", reason="signals and pipes of POSIX")
+
+
+@pytest.fixture
+def changed_script(tmp_path):
+    """Change lines of the script, as its readers are told to do."""
+
+    def change(changes: dict[str, str], name: str = "changed.py"):
+        source = SCRIPT.read_text(encoding="utf-8")
+        for old, new in changes.items():
+            assert source.count(old) == 1
+            source = source.replace(old, new)
+        (tmp_path / name).write_text(source, encoding="utf-8")
+        return tmp_path / name
+
+    return change
+
+
+ENDLESS = {"max_new_tokens = 100 ": "max_new_tokens = 1_000_000; config.ignore_eos = True "}
+
+
+@pytest.fixture
+def endless_script(changed_script):
+    return changed_script(ENDLESS)
+
+
+def start(script, *arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def interrupt(process) -> tuple[bytes, bytes]:
+    """Press Ctrl+C, once, and return what else the process printed."""
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=10)  # The script would go on for many minutes.
+    assert process.returncode == -signal.SIGINT
+    return rest
+
+
+@posix
+def test_control_c_while_it_generates(endless_script):
+    process = start(endless_script, MODEL, SUN)
+    assert process.stdout.read(20)
+    _, errors = interrupt(process)
+    assert errors.decode() == f"Loading {MODEL} on CPU ...\n"
+
+
+@posix
+def test_control_c_while_the_model_loads(tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    (model / "openvino_model.bin").unlink()
+    os.mkfifo(model / "openvino_model.bin")  # Whoever opens it waits for ever.
+    process = start(SCRIPT, model, SUN)
+    assert process.stderr.readline().startswith(b"Loading")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    assert interrupt(process) == (b"", b"")
+
+
+@posix
+def test_control_c_while_the_prompt_is_processed(changed_script):
+    marker = {
+        "        for chunk in stream(": "        print('prompt', flush=True)\n        for chunk in stream("
+    }
+    process = start(changed_script(marker), MODEL, "Why? " * 20_000)
+    assert process.stdout.read(7) == b"prompt\n"
+    output, errors = interrupt(process)
+    assert output == b""
+    assert errors.decode() == f"Loading {MODEL} on CPU ...\n"
+
+
+@posix
+def test_the_shell_sees_status_130(endless_script):
+    shell = ["sh", "-c", 'trap : INT; "$@"; echo "status $?"', "sh"]
+    command = [*shell, sys.executable, str(endless_script), str(MODEL), SUN]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, start_new_session=True)
+    assert process.stdout.read(5)
+    os.killpg(process.pid, signal.SIGINT)  # To the shell and the script, as a terminal does.
+    assert process.communicate(timeout=10)[0].endswith(b"status 130\n")
+
+
+@posix
+def test_a_closed_pipe_ends_it_silently(endless_script):
+    command = f'"{sys.executable}" "{endless_script}" "{MODEL}" "{SUN}" | head -c 20'
+    process = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60, check=True)
+    assert len(process.stdout) == 20
+    assert process.stderr.decode() == f"Loading {MODEL} on CPU ...\n"
+
+
+@pytest.fixture(params=["paged attention", "SDPA"])
+def pipe(request, load_pipe):
+    return load_pipe("tiny-llama", **PROPERTIES[request.param])
+
+
+@pytest.fixture
+def config(pipe):
+    config = pipe.get_generation_config()
+    config.max_new_tokens = 20_000
+    config.ignore_eos = True
+    return config
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Count the calls of `write`."""
+    calls = []
+    write = IterableStreamer.write
+
+    def counting_write(self, token):
+        calls.append(token)
+        return write(self, token)
+
+    monkeypatch.setattr(IterableStreamer, "write", counting_write)
+    return calls
+
+
+def leave_by_break(chunks):
+    for _ in chunks:
+        break
+
+
+def leave_by_exception(chunks):
+    with pytest.raises(ZeroDivisionError):
+        for _ in chunks:
+            raise ZeroDivisionError
+
+
+def leave_by_close(chunks):
+    next(chunks)
+    chunks.close()
+
+
+@pytest.mark.parametrize("leave", [leave_by_break, leave_by_exception, leave_by_close])
+def test_leaving_early_stops_the_generation_and_its_thread(pipe, config, writes, leave):
+    threads = threading.active_count()
+    leave(stream(pipe, SUN, config))
+    written = len(writes)
+    assert threading.active_count() == threads
+    assert written < 1000
+    config.max_new_tokens = 30
+    assert "".join(stream(pipe, SUN, config)) == pipe.generate(SUN, config)
+    assert len(writes) >= written + 30 - 1
+
+
+def test_cancel_from_any_thread_stops_the_generation(pipe, config, writes):
+    streamer = IterableStreamer(pipe.get_tokenizer())
+    generation = threading.Thread(target=pipe.generate, args=[SUN, config, streamer])
+    generation.start()
+    next(streamer)
+    cancelling = threading.Thread(target=streamer.cancel)
+    cancelling.start()
+    generation.join(timeout=20)
+    assert not generation.is_alive()
+    assert len(writes) < 1000
+    assert isinstance("".join(streamer), str)  # It ends.
+
+
+class BrokenTokenizer:
+    """Decodes so many times, then fails."""
+
+    def __init__(self, tokenizer, decodes: int) -> None:
+        self.tokenizer, self.decodes = tokenizer, decodes
+
+    def decode(self, tokens):
+        self.decodes -= 1
+        if self.decodes < 0:
+            raise LookupError("broken")
+        return self.tokenizer.decode(tokens)
+
+
+class BrokenPipeline:
+    """A real pipeline with a tokenizer that fails in Python."""
+
+    def __init__(self, pipe, decodes: int) -> None:
+        self.generate = pipe.generate
+        self.get_tokenizer = lambda: BrokenTokenizer(pipe.get_tokenizer(), decodes)
+
+
+@pytest.mark.parametrize("decodes", [0, 1, 3])
+def test_an_exception_in_the_streamer_is_raised_where_the_chunks_are_read(
+    pipe, config, writes, decodes
+):
+    chunks = stream(BrokenPipeline(pipe, decodes), SUN, config)
+    assert len([next(chunks) for _ in range(decodes)]) == decodes  # Nothing before it is lost.
+    with pytest.raises(LookupError, match="broken"):
+        next(chunks)
+    assert len(writes) < 1000
+
+
+def test_an_exception_in_end_is_raised_where_the_chunks_are_read(pipe, config):
+    config.max_new_tokens = 1
+    with pytest.raises(LookupError):
+        list(stream(BrokenPipeline(pipe, 1), SUN, config))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("num_beams", 4), ("top_p", 7.0), ("num_return_sequences", 2)]
+)
+def test_what_generate_refuses_is_raised_where_the_chunks_are_read(pipe, config, setting, value):
+    config.do_sample = setting != "num_beams"
+    setattr(config, setting, value)
+    with pytest.raises(RuntimeError):
+        list(stream(pipe, SUN, config))
+
+
+@pytest.mark.parametrize("prompt", [None, 7, "\ud800"])
+def test_a_prompt_of_a_wrong_type_is_raised_where_the_chunks_are_read(pipe, config, prompt):
+    with pytest.raises(TypeError):
+        list(stream(pipe, prompt, config))
+
+
+def remove(*names):
+    def damage(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def cut(name, size):
+    def damage(folder):
+        os.truncate(folder / name, size)
+
+    return damage
+
+
+def overwrite(name, content):
+    def damage(folder):
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+BAD_MODELS = {
+    "does not exist": (shutil.rmtree, ["there is no"]),
+    "is empty": (
+        lambda folder: [file.unlink() for file in folder.iterdir()],
+        ["no OpenVINO model"],
+    ),
+    "never converted": (
+        remove("openvino_model.xml", "openvino_model.bin"),
+        ["no OpenVINO model", "optimum-cli export openvino"],
+    ),
+    "no tokenizer": (
+        remove("openvino_tokenizer.xml"),
+        ["openvino_tokenizer.xml", "openvino-tokenizers[transformers]"],
+    ),
+    "no detokenizer": (
+        remove("openvino_detokenizer.xml"),
+        ["openvino_detokenizer.xml", "openvino-tokenizers[transformers]"],
+    ),
+    "cut xml": (cut("openvino_model.xml", 200_000), ["tags mismatch"]),
+    "cut bin": (cut("openvino_model.bin", 100_000), ["Incorrect weights"]),
+    "no bin": (cut("openvino_model.bin", 0), ["Incorrect weights"]),
+    "cut tokenizer": (cut("openvino_tokenizer.xml", 5_000), ["tags mismatch"]),
+    "empty xml": (cut("openvino_model.xml", 0), ["not an OpenVINO model"]),
+    "Git LFS pointer": (
+        overwrite("openvino_model.xml", b"version https://git-lfs.github.com/spec/v1\n"),
+        ["not an OpenVINO model", "git lfs pull"],
+    ),
+    "damaged generation config": (overwrite("generation_config.json", b"{"), ["parse error"]),
+}
+
+
+def assert_one_clear_line(process, *words: str) -> None:
+    assert process.returncode in (1, 2)
+    assert process.stdout == ""
+    assert len(process.stderr.splitlines()) <= 5
+    assert "Traceback" not in process.stderr
+    assert not re.search(r"\.[ch]pp\b", process.stderr)
+    for word in words:
+        assert word in process.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_a_bad_model_is_explained_in_one_line(run_script, tmp_path, case):
+    damage, words = BAD_MODELS[case]
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    damage(folder)
+    assert_one_clear_line(run_script(folder, SUN), str(folder), *words)
+
+
+@pytest.mark.parametrize("device", ["XPU", "GPU.7", "HETERO:XPU,CPU", ""])
+def test_a_bad_device_is_explained_in_one_line(run_script, device):
+    process = run_script(MODEL, SUN, "--device", device)
+    assert_one_clear_line(process, f" on {device}: ", "available devices: CPU")
+
+
+@pytest.mark.parametrize("prompt", [[], [""], [" \n\t"], ["a\udcffb"]])
+def test_a_bad_prompt_is_explained_in_one_line(run_script, prompt):
+    assert_one_clear_line(run_script(MODEL, *prompt), "prompt")
+
+
+HELLO = "Say hello in Chinese, Russian and emoji."
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932", "utf-8"])
+@pytest.mark.parametrize("prompt", [HELLO, "你好，Привет 👋"])
+def test_text_that_stdout_cannot_show_is_replaced_and_no_other(changed_script, encoding, prompt):
+    script = changed_script({"secrets.randbits(32)": "7"})
+    outputs = []
+    for name in "utf-8", encoding:
+        environment = os.environ | {"PYTHONIOENCODING": name}
+        process = start(script, MODEL, prompt, env=environment)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        outputs.append(output.replace(b"\r\n", b"\n"))
+    utf8, other = outputs
+    assert "\ufffd" not in utf8.decode("utf-8")
+    assert other == utf8.decode("utf-8").encode(encoding, errors="replace")
+    assert (b"?" in other) == (prompt == HELLO and encoding != "utf-8")
+
+
+@posix
+def test_control_characters_are_shown_on_a_terminal_and_unchanged_in_a_pipe(changed_script):
+    import pty
+
+    script = changed_script(
+        {"secrets.randbits(32)": "7", "max_new_tokens = 100 ": "max_new_tokens = 400 "}
+    )
+    model = MODELS / "tiny-qwen"  # Its weights are random: it emits any character.
+    piped = start(script, model, SUN).communicate(timeout=60)[0].decode("utf-8")
+    assert "\x1b" in piped or len(CONTROL.findall(piped)) > 3
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, script, model, SUN], stdout=theirs, stderr=-1)
+    os.close(theirs)
+    shown = b""
+    with open(ours, "rb", buffering=0) as terminal:
+        try:
+            while part := terminal.read(1000):
+                shown += part
+        except OSError:  # The other side has gone.
+            pass
+    assert process.wait(timeout=10) == 0
+    text = shown.decode("utf-8")
+    assert not CONTROL.search(text)
+    expected = CONTROL.sub(lambda character: ascii(character[0])[1:-1], piped)
+    assert text.replace("\r\n", "\n") == expected.replace("\r\n", "\n")
