@@ -149,11 +149,17 @@ def export(checkpoint: Path, folder: Path, *options: str) -> None:
     (folder / "openvino_config.json").unlink()  # It names folders of this machine; nobody reads it.
 
 
-def make_tiny_llama(text: list[str], checkpoint: Path) -> None:
+def trained_llama(text: list[str], checkpoint: Path) -> None:
     """The model that ships: LLaMA's tokenizer, and weights that were trained."""
     tokenizer = llama_tokenizer(checkpoint, text, VOCAB_SIZE)
     train(tokenizer).save_pretrained(checkpoint)
-    export(checkpoint, MODELS / "tiny-llama", "--weight-format", "int8")
+
+
+def llama(text: list[str], checkpoint: Path) -> None:
+    """The same with random weights, and as wide as a group of int4 weights."""
+    tokenizer = llama_tokenizer(checkpoint, text, 600)
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
+    save_random(LlamaForCausalLM, LlamaConfig, tokenizer, checkpoint, **wide)
 
 
 def byte_level_tokenizer(text: list[str], pattern: str, **options) -> PreTrainedTokenizerFast:
@@ -191,7 +197,7 @@ TINY = {
 }
 
 
-def make_tiny_llama3(text: list[str], checkpoint: Path) -> None:
+def llama3(text: list[str], checkpoint: Path) -> None:
     """LLaMA 3's tokenizer: bytes, and a clean-up of spaces when decoding."""
     tokenizer = byte_level_tokenizer(
         text,
@@ -202,10 +208,9 @@ def make_tiny_llama3(text: list[str], checkpoint: Path) -> None:
         clean_up_tokenization_spaces=True,
     )
     save_random(LlamaForCausalLM, LlamaConfig, tokenizer, checkpoint)
-    export(checkpoint, MODELS / "tiny-llama3", "--weight-format", "int8")
 
 
-def make_tiny_qwen(text: list[str], checkpoint: Path) -> None:
+def qwen(text: list[str], checkpoint: Path) -> None:
     """Qwen's tokenizer: bytes, and no clean-up."""
     tokenizer = byte_level_tokenizer(
         text,
@@ -216,54 +221,66 @@ def make_tiny_qwen(text: list[str], checkpoint: Path) -> None:
         clean_up_tokenization_spaces=False,
     )
     save_random(Qwen2ForCausalLM, Qwen2Config, tokenizer, checkpoint)
-    export(checkpoint, MODELS / "tiny-qwen", "--weight-format", "int8")
 
 
-def make_tiny_chatglm(text: list[str], checkpoint: Path) -> None:
+def chatglm(text: list[str], checkpoint: Path) -> None:
     """ChatGLM's kind of detokenizer, one SentencePiece operation, on the GLM architecture.
 
     ChatGLM's own code is on Hugging Face only, and a GLM checkpoint has a byte-level tokenizer.
     """
     tokenizer = llama_tokenizer(checkpoint, text, 600, remove_extra_whitespaces=True)
     save_random(GlmForCausalLM, GlmConfig, tokenizer, checkpoint)
-    export(checkpoint, MODELS / "tiny-chatglm", "--weight-format", "int8")
+
+
+def use_sentencepiece_operations(checkpoint: Path, folder: Path) -> None:
+    """Convert the tokenizer again, to the operations that exports of ChatGLM have."""
+    tokenizer = LlamaTokenizerFast.from_pretrained(checkpoint)
     for model, name in zip(
         convert_tokenizer(tokenizer, with_detokenizer=True, use_sentencepiece_backend=True),
         ("tokenizer", "detokenizer"),
         strict=True,
     ):
-        openvino.save_model(model, MODELS / "tiny-chatglm" / f"openvino_{name}.xml")
+        openvino.save_model(model, folder / f"openvino_{name}.xml")
 
 
-def save_random(model_class, config_class, tokenizer, checkpoint: Path) -> None:
+def save_random(model_class, config_class, tokenizer, checkpoint: Path, **sizes: int) -> None:
     torch.manual_seed(SEED)
     config = config_class(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
-        **TINY,
+        **(TINY | sizes),
     )
     model_class(config).save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
 
 
-def main() -> None:
+def training_lines() -> list[str]:
+    """The text that tokenizers are trained on."""
     pairs = itertools.islice(conversations(SEED), 8000)
     text = [part for pair in pairs if pair[0].isascii() for part in pair]
-    lines = "\n".join(f"<|user|>\n{part}\n<|assistant|>" for part in text).split("\n")
+    return "\n".join(f"<|user|>\n{part}\n<|assistant|>" for part in text).split("\n")
+
+
+def main() -> None:
     makers = {
-        "tiny-llama": make_tiny_llama,
-        "tiny-llama3": make_tiny_llama3,
-        "tiny-qwen": make_tiny_qwen,
-        "tiny-chatglm": make_tiny_chatglm,
+        "tiny-llama": trained_llama,
+        "tiny-llama3": llama3,
+        "tiny-qwen": qwen,
+        "tiny-chatglm": chatglm,
     }
     parser = argparse.ArgumentParser(description="Make the models in tests/models again.")
     parser.add_argument("names", nargs="*", metavar="name", help=f"one of: {', '.join(makers)}")
     for name in parser.parse_args().names or makers:
-        shutil.rmtree(MODELS / name, ignore_errors=True)
-        with tempfile.TemporaryDirectory() as checkpoint:
-            makers[name](lines, Path(checkpoint))
+        folder = MODELS / name
+        shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            checkpoint = Path(temporary)
+            makers[name](training_lines(), checkpoint)
+            export(checkpoint, folder, "--weight-format", "int8")
+            if name == "tiny-chatglm":
+                use_sentencepiece_operations(checkpoint, folder)
 
 
 if __name__ == "__main__":
