@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stream the answer of a large language model, chosen by random sampling, with OpenVINO GenAI.
 
-python multinomial_causal_lm.py TinyLlama-1.1B-Chat-v1.0 "Why is the Sun yellow?"
+Run it with the folder of a converted model and a prompt:
+
+    python multinomial_causal_lm.py TinyLlama-1.1B-Chat-v1.0 "Why is the Sun yellow?"
 """
 
 import argparse
@@ -28,6 +30,7 @@ import openvino
 import openvino_genai
 from openvino_genai import StreamingStatus
 
+# All control characters but tab, newline and carriage return.
 CONTROL = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]")
 
 
@@ -67,7 +70,7 @@ class IterableStreamer(openvino_genai.StreamerBase):
         return self
 
     def __next__(self) -> str:
-        """Return the next chunk, or wait for it. Raise what went wrong in `write` or `end`."""
+        """Return the next chunk, once there is one. Raise what went wrong in `write` or `end`."""
         chunk = self._chunks.get()
         if isinstance(chunk, str):
             return chunk
@@ -75,7 +78,10 @@ class IterableStreamer(openvino_genai.StreamerBase):
         raise chunk or StopIteration
 
     def write(self, token: int | list[int]) -> StreamingStatus:
-        """Take one or more tokens, on the thread that generates. CANCEL stops the generation."""
+        """Take the next token, or several. The library calls it, on a thread of its own.
+
+        CANCEL, after `cancel`, `end` or an exception, makes the library stop. It never raises.
+        """
         return self._update([token] if isinstance(token, int) else token)
 
     def end(self) -> None:
@@ -142,13 +148,13 @@ class IterableStreamer(openvino_genai.StreamerBase):
 def stream(
     pipe: openvino_genai.LLMPipeline, prompt: str, config: openvino_genai.GenerationConfig
 ) -> Iterator[str]:
-    """Generate on another thread, and yield the text in chunks as it comes.
+    """Generate on another thread, and yield the text (`str`) in chunks as it comes.
 
-    for chunk in stream(pipe, prompt, config):
-        print(chunk, end="", flush=True)
+        for chunk in stream(pipe, prompt, config):
+            print(chunk, end="", flush=True)
 
     Leaving the loop early, also by an exception, stops the generation and waits for its thread.
-    Whatever the generation raises is raised here.
+    What `generate` or the tokenizer raises is raised here, after the text that was complete.
     """
     streamer = IterableStreamer(pipe.get_tokenizer())
     with ThreadPoolExecutor(max_workers=1) as executor:
@@ -166,7 +172,7 @@ def explain(error: RuntimeError, model_dir: str, device: str) -> str:
     """Return one line that says why the library refused a model or a device, and what to do."""
     folder = Path(model_dir)
     if not folder.exists():
-        return f"error: there is no {model_dir}"
+        return f"error: no such folder: {model_dir}"
     if folder.is_dir() and not (folder / "openvino_model.xml").exists():
         return (
             f"error: there is no OpenVINO model in {model_dir}. If it is a checkpoint, convert it: "

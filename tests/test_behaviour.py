@@ -77,9 +77,8 @@ def test_control_c_while_the_model_loads(tmp_path):
 
 @posix
 def test_control_c_while_the_prompt_is_processed(changed_script):
-    marker = {
-        "        for chunk in stream(": "        print('prompt', flush=True)\n        for chunk in stream("
-    }
+    loop = "for chunk in stream(pipe, args.prompt, config):"
+    marker = {loop: f"print('prompt', flush=True)\n        {loop}"}
     process = start(changed_script(marker), MODEL, "Why? " * 20_000)
     assert process.stdout.read(7) == b"prompt\n"
     output, errors = interrupt(process)
@@ -250,7 +249,7 @@ def overwrite(name, content):
 
 
 BAD_MODELS = {
-    "does not exist": (shutil.rmtree, ["there is no"]),
+    "does not exist": (shutil.rmtree, ["no such folder"]),
     "is empty": (
         lambda folder: [file.unlink() for file in folder.iterdir()],
         ["no OpenVINO model"],

@@ -26,7 +26,7 @@ def pipe(request, family, load_pipe):
 @pytest.fixture
 def config(pipe, request):
     config = pipe.get_generation_config()
-    config.max_new_tokens = 100
+    config.max_new_tokens = 60
     config.do_sample = True
     config.top_p = 0.9
     config.top_k = 30
