@@ -8,6 +8,7 @@ It trains a tokenizer and a small LLaMA on the text in `training_text.py`, and e
 """
 
 import argparse
+import io
 import itertools
 import math
 import random
@@ -52,12 +53,13 @@ def llama_tokenizer(
     folder: Path, text: list[str], vocab_size: int, remove_extra_whitespaces: bool = False
 ) -> LlamaTokenizerFast:
     """Train a byte-fallback BPE with the settings of LLaMA's, and save it in `folder`."""
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         # No emoji: each of their bytes is to be a token of its own, as in real vocabularies.
         sentence_iterator=(
             re.sub("[\u200d\u2600-\u27bf\ufe0f\U0001f000-\U0001ffff]", "", line) for line in text
         ),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,  # A file's name would become a part of the model.
         model_type="bpe",
         vocab_size=vocab_size,
         byte_fallback=True,
@@ -69,6 +71,7 @@ def llama_tokenizer(
         num_threads=1,
         minloglevel=1,
     )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = LlamaTokenizerFast(
         str(folder / "tokenizer.model"), legacy=True, add_prefix_space=True
     )

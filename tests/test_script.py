@@ -1,6 +1,8 @@
 """The script as a process, on the model that ships."""
 
 import ast
+import json
+import shutil
 
 import pytest
 from families import MODELS
@@ -26,6 +28,17 @@ def test_stderr_has_one_line_about_loading(run_script):
 
 def test_four_runs_print_four_texts(run_script):
     assert len({run_script(MODEL, SUN).stdout for _ in range(4)}) == 4
+
+
+def test_settings_of_the_model_stay_in_force(run_script, load_pipe, tmp_path):
+    """Here, several tokens that end an answer, as LLaMA 3 has them: also the full stop."""
+    tokenizer = load_pipe("tiny-llama").get_tokenizer()
+    full_stop = tokenizer.encode("a.", add_special_tokens=False).input_ids.data[0].tolist()[-1]
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    settings["eos_token_id"] = [settings["eos_token_id"], full_stop]
+    (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert run_script(folder, SUN).stdout.count(".") <= 1
 
 
 def test_code_keeps_its_indentation(run_script):
