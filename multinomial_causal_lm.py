@@ -123,7 +123,7 @@ class IterableStreamer(openvino_genai.StreamerBase):
             self._yielded = end
         if self._context and end == len(text):
             self._tokens, self._yielded = self._context[0].copy(), self._context[1]
-        elif text and len(self._tokens) > 32:
+        elif text and len(self._tokens) > 32 and not last:
             self._shorten(text[end:])
 
     def _shorten(self, changeable: str) -> None:
