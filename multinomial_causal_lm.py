@@ -10,6 +10,8 @@ Run it with the folder of a converted model and a prompt:
 import argparse
 import contextlib
 import errno
+import functools
+import itertools
 import os
 import queue
 import re
@@ -40,30 +42,31 @@ class IterableStreamer(openvino_genai.StreamerBase):
     Pass one to `pipe.generate(prompt, config, streamer)` on one thread, and read it on another:
     `for chunk in streamer: print(chunk, end="", flush=True)`. A streamer serves one generation.
 
-    The chunks (`str`) add up to `tokenizer.decode(all tokens)`, exactly, and text that no later
-    token can change is in the queue when `write` returns. Tokens that come less than 10 ms after
-    each other are decoded together, which keeps a fast model fast.
+    The chunks (`str`) add up to `tokenizer.decode(all tokens)`, exactly. What no later token can
+    change is in the queue when `write` returns, or about 10 ms later if tokens come faster.
     """
 
     def __init__(self, tokenizer: openvino_genai.Tokenizer) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        self._chunks = queue.Queue()  # of str, then the end: None, or an exception.
+        self._chunks = queue.SimpleQueue()  # of str, then the end: None, or an exception.
         self._lock = threading.Lock()  # `end` and `cancel` may come from any thread.
         self._ended = False
         self._tokens: list[int] = []  # What the next decode needs,
-        self._undecoded = 0  # how many of them no decode has seen,
-        self._yielded = 0  # and how many characters of their text are in the queue.
-        self._context = None  # Few tokens with text, and its length: a place to decode from.
+        self._yielded = 0  # and how many characters of its text are in the queue already.
         self._decoded_at = float("-inf")  # Seconds.
+
+        # Behind these, tokens decode as they do in the middle of a text, not as at its beginning.
+        context, text = [], ""
+        with contextlib.suppress(Exception):  # Of an object that can only decode.
+            context = tokenizer.encode("a .").input_ids.data[0].tolist()
+            text = tokenizer.decode(context)
+        self._context, self._context_length = context, len(text)
+        self._is_silent = functools.cache(lambda token: tokenizer.decode([*context, token]) == text)
 
         # A later token can complete a character, which decodes to U+FFFD until then. Where the
         # tokenizer cleans up, it can also remove a space: " n" + "'t" -> "n't", " " + "." -> ".".
-        cleans_up = True
-        with contextlib.suppress(Exception):  # If it cannot tell, expect the worst.
-            sample = tokenizer.encode("a .").input_ids.data[0].tolist()
-            cleans_up = tokenizer.decode(sample) != "a ."
-        spaces = r" (n'?|'[rv]?)?\Z|" if cleans_up else ""
+        spaces = "" if text == "a ." else r" (n'?|'[rv]?)?\Z|"
         self._changeable = re.compile(spaces + r"\ufffd{1,3}\Z|\Z")
 
     def __iter__(self) -> Iterator[str]:
@@ -88,60 +91,49 @@ class IterableStreamer(openvino_genai.StreamerBase):
         """Yield the rest of the text, then end the iteration. Any thread may call it, repeatedly."""
         self._update([], last=True)
 
-    def cancel(self) -> None:
-        """Stop the generation at its next token, and end the iteration. For any thread."""
-        self.end()
+    cancel = end  # A generation that still runs stops at its next token.
 
     def _update(self, tokens: list[int], last: bool = False) -> StreamingStatus:
         with self._lock:
-            if self._ended:
-                return StreamingStatus.CANCEL
-            error = None
             try:
-                for token in tokens:
-                    self._tokens.append(token)
-                    self._undecoded += 1
-                    if self._undecoded == 32:
-                        self._decode()
-                late = time.perf_counter() - self._decoded_at >= 0.01
-                if last or (late and self._undecoded):
-                    self._decode(last)
-            except BaseException as caught:  # noqa: BLE001 - if it left, the library would abort.
-                error, last = caught, True
-            if last:
+                if not self._ended:
+                    for token in tokens:
+                        self._tokens.append(token)
+                        if len(self._tokens) % 32 == 0:
+                            self._decode()
+                    if last or time.perf_counter() - self._decoded_at >= 0.01:
+                        self._decode(last)
+            except BaseException as error:  # noqa: BLE001 - if it left, the library would abort.
                 self._ended = True
                 self._chunks.put(error)
-            return StreamingStatus.CANCEL if error else StreamingStatus.RUNNING
+            return StreamingStatus.CANCEL if self._ended else StreamingStatus.RUNNING
 
     def _decode(self, last: bool = False) -> None:
         text = self._tokenizer.decode(self._tokens)
-        self._undecoded = 0
         self._decoded_at = time.perf_counter()
         end = len(text) if last else self._changeable.search(text, self._yielded).start()
         if end > self._yielded:
             self._chunks.put(text[self._yielded : end])
             self._yielded = end
-        if self._context and end == len(text):
-            self._tokens, self._yielded = self._context[0].copy(), self._context[1]
-        elif text and len(self._tokens) > 32 and not last:
+        if last:
+            self._ended = True
+            self._chunks.put(None)
+        elif text and end == len(text) and self._context_length:
+            self._tokens, self._yielded = self._context.copy(), self._context_length
+        elif text and len(self._tokens) > 32:
             self._shorten(text[end:])
 
     def _shorten(self, changeable: str) -> None:
-        """Forget old tokens, so that a decode costs the same however long the text is.
-
-        Detokenizers drop white space at the beginning of what they decode. So the tokens that stay
-        must have text that is in the queue already, and behind it the same text that may change.
-        """
-        for start in range(len(self._tokens) - 16, -8, -8):
-            tokens = self._tokens[max(start, 0) :]
-            if not changeable:  # Then it need not be the latest ones: those may have no text.
-                tokens = tokens[:16]
-            text = self._tokenizer.decode(tokens)
+        """Forget old tokens, if the end of the text, which may change, does not come from them."""
+        tokens = []
+        for silent, run in itertools.groupby(self._tokens, self._is_silent):
+            tokens += list(run)[: 1 if silent else None]  # One special token does what many do.
+        for count in 16, 15, 14, 13:  # After "a", " ' ' '" is "''": it matters where one begins.
+            kept = self._context + tokens[-count:]
+            text = self._tokenizer.decode(kept)
             end = self._changeable.search(text).start()
-            if end and text[end:] == changeable:
-                self._tokens, self._yielded = tokens, end
-                if not changeable:
-                    self._context = tokens.copy(), end
+            if text[end:] == changeable:
+                self._tokens, self._yielded = kept, end
                 return
 
 

@@ -4,7 +4,7 @@ import itertools
 import threading
 
 import pytest
-from families import CODE, FAMILIES, PROSE, TEXTS, Clock, Tokenizer
+from families import CODE, FAMILIES, TEXTS, Clock, Tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openvino_genai import StreamingStatus
@@ -125,31 +125,48 @@ def test_slow_tokens_cost_one_short_decode_each(tokenizer, clock, text):
     assert len(tokenizer.lengths) <= 1.1 * len(tokens)
 
 
-def test_a_decode_is_short_in_a_long_run_of_any_token(tokenizer, clock):
-    visible = tokenizer.tokens("a")
-    for pool in tokenizer.pools():
-        for token in pool[:: max(len(pool) // 10, 1)]:
-            for interval, sizes in (SLOW, [1]), (FAST, [1]), (SLOW, [100]):
-                write_all(tokenizer, clock, visible + [token] * 200, interval, sizes)
-                assert max(tokenizer.lengths) <= 64
+def test_a_decode_is_short_in_any_tokens_once_there_is_text(tokenizer, clock):
+    with_text = [token for token, text in enumerate(tokenizer.texts) if text.strip()]
 
-
-def test_a_decode_is_short_in_any_tokens_that_have_text(tokenizer, clock):
-    pools = [[token for token in pool if tokenizer.texts[token]] for pool in tokenizer.pools()]
-
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(tokens=sequences(pools), interval=st.sampled_from([SLOW, FAST]))
-    def check(tokens, interval):
-        write_all(tokenizer, clock, tokens * 3, interval)
+    @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        first=st.sampled_from(with_text),
+        tokens=sequences(tokenizer.pools()),
+        sizes=st.lists(st.integers(1, 100), min_size=1, max_size=5) | st.just([1]),
+        interval=st.sampled_from([SLOW, FAST]),
+    )
+    def check(first, tokens, sizes, interval):
+        write_all(tokenizer, clock, [first, *tokens * 3], interval, sizes)
         assert max(tokenizer.lengths) <= 64
 
     check()
+
+
+@pytest.mark.parametrize("interval, sizes", [(SLOW, [1]), (FAST, [1]), (FAST, [31]), (SLOW, [100])])
+def test_a_decode_is_short_in_long_runs_that_may_still_change(tokenizer, clock, interval, sizes):
+    character = tokenizer.tokens("a😀")[len(tokenizer.tokens("a")) :]
+    special = [token for token in range(3) if not tokenizer.texts[token]]
+    runs = [
+        tokenizer.tokens("a" + " '" * 200)[1:],  # Cleaned up, each pair depends on all before.
+        tokenizer.tokens("a" + " " * 200)[1:],
+        [character[0]] * 200,
+        [token for byte in character for token in [byte, *special * 25]],
+    ]
+    for run, before in itertools.product(runs, range(5)):
+        tokens = tokenizer.tokens("a") * before + run
+        *_, text = write_all(tokenizer, clock, tokens, interval, sizes)
+        assert max(tokenizer.lengths) <= 64
+        assert text == tokenizer.decode(tokens)
 
 
 def test_fast_tokens_are_decoded_together(tokenizer, clock):
     tokens = (tokenizer.tokens(CODE) * 3)[:3000]
     write_all(tokenizer, clock, tokens, interval=FAST)
     assert len(tokenizer.lengths) <= len(tokens) / 10
+
+    special = tokenizer.texts.index("")
+    write_all(tokenizer, clock, [special] * 1000, interval=FAST)
+    assert len(tokenizer.lengths) <= 100
 
 
 @pytest.mark.parametrize("interval", [0.0001, FAST, 0.003, 0.0099, SLOW])
@@ -207,9 +224,14 @@ def test_an_object_that_can_only_decode_will_do(tokenizer, clock):
     class Decoder:
         decode = tokenizer.decode
 
-    tokens = tokenizer.tokens(PROSE)
-    *_, text = write_all(tokenizer, clock, tokens)
-    streamer = IterableStreamer(Decoder())
-    streamer.write(tokens)
-    streamer.end()
-    assert "".join(streamer) == text
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(tokens=sequences(tokenizer.pools()), interval=st.sampled_from([SLOW, FAST]))
+    def check(tokens, interval):
+        streamer = IterableStreamer(Decoder())
+        for token in tokens:
+            clock.now += interval
+            streamer.write(token)
+        streamer.end()
+        assert "".join(streamer) == tokenizer.decode(tokens)
+
+    check()
