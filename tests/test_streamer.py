@@ -117,6 +117,17 @@ def test_bytes_that_never_become_a_character_keep_coming(tokenizer, clock):
         assert len(text) >= len(tokenizer.tokenizer.decode([token] * count)) - 3
 
 
+def test_a_replacement_character_of_the_model_after_such_bytes_comes_once(tokenizer, clock):
+    """SentencePiece shows two of it while it is unfinished, then one: the text gets shorter."""
+    before = len(tokenizer.tokens("a"))
+    invalid = tokenizer.tokens("a😀")[before]
+    character = tokenizer.tokens("a\ufffd")[before:]
+    for count in range(70):
+        tokens = [*[invalid] * count, *character, *[invalid] * 40]
+        *_, text = write_all(tokenizer, clock, tokens)
+        assert text == tokenizer.decode(tokens)
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_slow_tokens_cost_one_short_decode_each(tokenizer, clock, text):
     tokens = (tokenizer.tokens(TEXTS[text]) * 20)[:3000]
@@ -212,6 +223,9 @@ def test_end_may_come_from_any_thread_before_the_last_write(tokenizer, clock):
     assert streamer.write(tokens) == StreamingStatus.CANCEL  # Nobody can read it any more.
     streamer.end()
     assert "".join(streamer) == tokenizer.decode(tokens)
+    for _ in range(3):
+        with pytest.raises(StopIteration):
+            next(streamer)
 
 
 def test_a_streamer_that_was_never_written_to_ends(tokenizer):
