@@ -165,18 +165,19 @@ def explain(error: RuntimeError, model_dir: str, device: str) -> str:
     folder = Path(model_dir)
     if not folder.exists():
         return f"error: no such folder: {model_dir}"
-    if folder.is_dir() and not (folder / "openvino_model.xml").exists():
+    names = "openvino_model.xml", "openvino_tokenizer.xml", "openvino_detokenizer.xml"
+    missing = [name for name in names if folder.is_dir() and not (folder / name).exists()]
+    if "openvino_model.xml" in missing:
         return (
             f"error: there is no OpenVINO model in {model_dir}. If it is a checkpoint, convert it: "
             f'optimum-cli export openvino --task text-generation-with-past --model "{model_dir}" '
             f'"{folder.name}-openvino"'
         )
-    for name in "openvino_tokenizer.xml", "openvino_detokenizer.xml":
-        if folder.is_dir() and not (folder / name).exists():
-            return (
-                f"error: there is no {name} in {model_dir}. "
-                'Convert the model again after: pip install "openvino-tokenizers[transformers]"'
-            )
+    if missing:
+        return (
+            f"error: there is no {missing[0]} in {model_dir}. "
+            'Convert the model again after: pip install "openvino-tokenizers[transformers]"'
+        )
     reason = str(error).strip().splitlines()[-1]  # Before it come places in the library's source.
     message = f"error: cannot run {model_dir} on {device}: {reason}"
     devices = openvino.Core().available_devices
