@@ -197,12 +197,15 @@ def main() -> None:
         parser.error("the prompt must be text, in valid Unicode")
     sys.stdout.reconfigure(errors="replace")  # Print "?" for what the terminal cannot show.
 
-    # The library tries other formats, with many messages, if an .xml file is none.
-    model = Path(args.model_dir, "openvino_model.xml")
-    if model.is_file() and not model.read_bytes().startswith((b"<", b"\xef\xbb\xbf<")):
-        sys.exit(f"error: {model} is not an OpenVINO model. From a Git clone? Try: git lfs pull")
-
     try:
+        # The library tries other formats, with many messages, if an .xml file is none.
+        model = Path(args.model_dir, "openvino_model.xml")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), model.open("rb") as file:
+            if not file.read(4).startswith((b"<", b"\xef\xbb\xbf<")):
+                sys.exit(
+                    f"error: {model} is not an OpenVINO model. From a Git clone? Try: git lfs pull"
+                )
+
         print(f"Loading {args.model_dir} on {args.device} ...", file=sys.stderr, flush=True)
         pipe = openvino_genai.LLMPipeline(args.model_dir, args.device)
 
@@ -221,7 +224,7 @@ def main() -> None:
         print(flush=True)
     except RuntimeError as error:
         sys.exit(explain(error, args.model_dir, args.device))
-    except OSError as error:  # Of stdout. That its reader has gone, as in `| head`, is no error.
+    except OSError as error:  # That the reader of stdout has gone, as in `| head`, is no error.
         if error.errno not in (errno.EPIPE, errno.EINVAL):
             print(f"error: {error}", file=sys.stderr)
         os._exit(1)  # sys.exit would write to stdout again, and fail again.

@@ -297,6 +297,11 @@ def test_a_bad_model_is_explained_in_one_line(run_script, tmp_path, case):
     assert_one_clear_line(run_script(folder, SUN), str(folder), *words)
 
 
+def test_a_path_that_cannot_be_opened_is_explained_in_one_line(run_script):
+    folder = "x" * 5000
+    assert_one_clear_line(run_script(folder, SUN), folder)
+
+
 @pytest.mark.parametrize("device", ["XPU", "GPU.7", "HETERO:XPU,CPU", ""])
 def test_a_bad_device_is_explained_in_one_line(run_script, device):
     process = run_script(MODEL, SUN, "--device", device)
