@@ -13,6 +13,12 @@ MODELS = ROOT / "tests" / "models"
 FAMILIES = ["tiny-llama", "tiny-llama3", "tiny-qwen", "tiny-chatglm"]
 sys.path.insert(0, str(ROOT))  # To import the script.
 
+# Prompts that the shipped model answers.
+SUN = "Why is the Sun yellow?"
+FUNCTION = "Write a Python function that finds the even numbers in a list."
+HELLO = "Say hello in Chinese, Russian and emoji."
+PROMPTS = [SUN, FUNCTION, HELLO]
+
 CODE = SCRIPT.read_text(encoding="utf-8")
 PROSE = """The Sun isn't yellow , is it ? It 's white!  They 've "seen" it: 'white', said n
 \tЯ читаю это медленно.\n\n\n    你好，世界！ こんにちは नमस्ते مرحبا
@@ -50,6 +56,10 @@ class Tokenizer:
 
     def tokens(self, text: str) -> list[int]:
         return self.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
+
+    def inner_tokens(self, text: str) -> list[int]:
+        """Return the tokens of a text that is not at the beginning."""
+        return self.tokens("a" + text)[len(self.tokens("a")) :]
 
     def pools(self) -> list[list[int]]:
         """Groups of tokens that make streaming hard, after all of them."""

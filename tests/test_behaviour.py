@@ -10,12 +10,11 @@ import threading
 
 import pytest
 from conftest import PROPERTIES
-from families import MODELS, SCRIPT
+from families import HELLO, MODELS, SCRIPT, SUN
 
 from multinomial_causal_lm import CONTROL, IterableStreamer, stream
 
 MODEL = MODELS / "tiny-llama"
-SUN = "Why is the Sun yellow?"
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and pipes of POSIX")
 
 
@@ -311,9 +310,6 @@ def test_a_bad_device_is_explained_in_one_line(run_script, device):
 @pytest.mark.parametrize("prompt", [[], [""], [" \n\t"], ["a\udcffb"]])
 def test_a_bad_prompt_is_explained_in_one_line(run_script, prompt):
     assert_one_clear_line(run_script(MODEL, *prompt), "prompt")
-
-
-HELLO = "Say hello in Chinese, Russian and emoji."
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932", "utf-8"])

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from families import ROOT
+from families import ROOT, SUN
 
 if not importlib.util.find_spec("optimum"):
     pytest.skip(
@@ -26,7 +26,6 @@ from make_models import chatglm, llama, llama3, qwen, training_lines, use_senten
 
 from multinomial_causal_lm import stream
 
-PROMPT = "Why is the Sun yellow?"
 CASES = {
     "LLaMA": (llama, ""),
     "LLaMA int8": (llama, "--weight-format int8"),
@@ -54,7 +53,7 @@ def exported(request, tmp_path_factory) -> Path:
 
 
 def test_the_script_runs_what_was_exported(run_script, exported):
-    process = run_script(exported, PROMPT)
+    process = run_script(exported, SUN)
     assert process.returncode == 0
     assert process.stdout.strip()
     assert process.stderr == f"Loading {exported} on CPU ...\n"
@@ -66,4 +65,4 @@ def test_stream_yields_what_generate_returns(load_pipe, exported):
     config.max_new_tokens = 100
     config.do_sample = True
     for config.rng_seed in range(5):
-        assert "".join(stream(pipe, PROMPT, config)) == pipe.generate(PROMPT, config)
+        assert "".join(stream(pipe, SUN, config)) == pipe.generate(SUN, config)

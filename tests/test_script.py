@@ -5,12 +5,9 @@ import json
 import shutil
 
 import pytest
-from families import MODELS
+from families import FUNCTION, HELLO, MODELS, PROMPTS, SUN, Tokenizer
 
 MODEL = MODELS / "tiny-llama"
-SUN = "Why is the Sun yellow?"
-CODE = "Write a Python function that finds the even numbers in a list."
-HELLO = "Say hello in Chinese, Russian and emoji."
 
 
 def test_it_answers_and_ends_with_one_newline(run_script):
@@ -30,10 +27,9 @@ def test_four_runs_print_four_texts(run_script):
     assert len({run_script(MODEL, SUN).stdout for _ in range(4)}) == 4
 
 
-def test_settings_of_the_model_stay_in_force(run_script, load_pipe, tmp_path):
+def test_settings_of_the_model_stay_in_force(run_script, tmp_path):
     """Here, several tokens that end an answer, as LLaMA 3 has them: also the full stop."""
-    tokenizer = load_pipe("tiny-llama").get_tokenizer()
-    full_stop = tokenizer.encode("a.", add_special_tokens=False).input_ids.data[0].tolist()[-1]
+    full_stop = Tokenizer("tiny-llama").tokens("a.")[-1]
     folder = shutil.copytree(MODEL, tmp_path / "model")
     settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     settings["eos_token_id"] = [settings["eos_token_id"], full_stop]
@@ -42,7 +38,7 @@ def test_settings_of_the_model_stay_in_force(run_script, load_pipe, tmp_path):
 
 
 def test_code_keeps_its_indentation(run_script):
-    code = run_script(MODEL, CODE).stdout
+    code = run_script(MODEL, FUNCTION).stdout
     ast.parse(code)
     assert "\n    for " in code
     assert "\n        if " in code
@@ -62,7 +58,7 @@ def test_help_explains_every_argument_and_shows_an_example(run_script):
         assert word in text
 
 
-@pytest.mark.parametrize("prompt", [SUN, CODE, HELLO])
+@pytest.mark.parametrize("prompt", PROMPTS)
 def test_at_least_18_of_20_answers_of_the_model_are_well_formed(load_pipe, prompt):
     pipe = load_pipe("tiny-llama")
     config = pipe.get_generation_config()

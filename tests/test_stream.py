@@ -2,15 +2,9 @@
 
 import pytest
 from conftest import PROPERTIES
-from families import FAMILIES
+from families import FAMILIES, PROMPTS
 
 from multinomial_causal_lm import stream
-
-PROMPTS = [
-    "Why is the Sun yellow?",
-    "Write a Python function that finds the even numbers in a list.",
-    "Say hello in Chinese, Russian and emoji.",
-]
 
 
 @pytest.fixture(params=FAMILIES)

@@ -88,7 +88,7 @@ def test_what_no_later_token_can_change_is_there_when_write_returns(tokenizer, c
     tokens = tokenizer.tokens(TEXTS[text])[:150]
     *streamed, _ = write_all(tokenizer, clock, tokens)
     following = [[token] for token in range(tokenizer.size)]
-    following += [tokenizer.tokens("a" + piece)[1:] for piece in CONTRACTIONS]
+    following += [tokenizer.inner_tokens(piece) for piece in CONTRACTIONS]
     for count, known_text in enumerate(streamed, start=1):
         window = tokens[max(count - 30, 0) : count]
         decoded = tokenizer.tokenizer.decode(window)
@@ -119,9 +119,8 @@ def test_bytes_that_never_become_a_character_keep_coming(tokenizer, clock):
 
 def test_a_replacement_character_of_the_model_after_such_bytes_comes_once(tokenizer, clock):
     """SentencePiece shows two of it while it is unfinished, then one: the text gets shorter."""
-    before = len(tokenizer.tokens("a"))
-    invalid = tokenizer.tokens("a😀")[before]
-    character = tokenizer.tokens("a\ufffd")[before:]
+    invalid = tokenizer.inner_tokens("😀")[0]
+    character = tokenizer.inner_tokens("\ufffd")
     for count in range(70):
         tokens = [*[invalid] * count, *character, *[invalid] * 40]
         *_, text = write_all(tokenizer, clock, tokens)
@@ -134,6 +133,15 @@ def test_slow_tokens_cost_one_short_decode_each(tokenizer, clock, text):
     write_all(tokenizer, clock, tokens)
     assert max(tokenizer.lengths) <= 64
     assert len(tokenizer.lengths) <= 1.1 * len(tokens)
+
+
+def test_a_decode_is_short_in_a_long_run_of_any_token(tokenizer, clock):
+    visible = tokenizer.tokens("a")
+    for pool in tokenizer.pools():
+        for token in pool[:: max(len(pool) // 10, 1)]:
+            for interval, sizes in (SLOW, [1]), (FAST, [1]), (SLOW, [100]):
+                write_all(tokenizer, clock, visible + [token] * 200, interval, sizes)
+                assert max(tokenizer.lengths) <= 64
 
 
 def test_a_decode_is_short_in_any_tokens_once_there_is_text(tokenizer, clock):
@@ -155,11 +163,11 @@ def test_a_decode_is_short_in_any_tokens_once_there_is_text(tokenizer, clock):
 
 @pytest.mark.parametrize("interval, sizes", [(SLOW, [1]), (FAST, [1]), (FAST, [31]), (SLOW, [100])])
 def test_a_decode_is_short_in_long_runs_that_may_still_change(tokenizer, clock, interval, sizes):
-    character = tokenizer.tokens("a😀")[len(tokenizer.tokens("a")) :]
+    character = tokenizer.inner_tokens("😀")
     special = [token for token in range(3) if not tokenizer.texts[token]]
     runs = [
-        tokenizer.tokens("a" + " '" * 200)[1:],  # Cleaned up, each pair depends on all before.
-        tokenizer.tokens("a" + " " * 200)[1:],
+        tokenizer.inner_tokens(" '" * 200),  # Cleaned up, each pair depends on all before.
+        tokenizer.inner_tokens(" " * 200),
         [character[0]] * 200,
         [token for byte in character for token in [byte, *special * 25]],
     ]
@@ -236,16 +244,12 @@ def test_a_streamer_that_was_never_written_to_ends(tokenizer):
 
 def test_an_object_that_can_only_decode_will_do(tokenizer, clock):
     class Decoder:
-        decode = tokenizer.decode
+        decode, lengths = tokenizer.decode, tokenizer.lengths
 
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
     @given(tokens=sequences(tokenizer.pools()), interval=st.sampled_from([SLOW, FAST]))
     def check(tokens, interval):
-        streamer = IterableStreamer(Decoder())
-        for token in tokens:
-            clock.now += interval
-            streamer.write(token)
-        streamer.end()
-        assert "".join(streamer) == tokenizer.decode(tokens)
+        *_, text = write_all(Decoder(), clock, tokens, interval)
+        assert text == tokenizer.decode(tokens)
 
     check()
