@@ -5,12 +5,17 @@ import json
 import sys
 from pathlib import Path
 
+import numpy
+import openvino
 import openvino_genai
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "multinomial_causal_lm.py"
 MODELS = ROOT / "tests" / "models"
 FAMILIES = ["tiny-llama", "tiny-llama3", "tiny-qwen", "tiny-chatglm"]
+GGUF = ["tiny-llama3.gguf", "tiny-qwen.gguf"]
+# Detokenizers that show nothing of half a character, or its bytes, in place of U+FFFD.
+DETOKENIZERS = ["tiny-llama-ignore", "tiny-llama-none", "tiny-qwen-ignore", "tiny-qwen-none"]
 sys.path.insert(0, str(ROOT))  # To import the script.
 
 # Prompts that the shipped model answers.
@@ -23,7 +28,14 @@ CODE = SCRIPT.read_text(encoding="utf-8")
 PROSE = """The Sun isn't yellow , is it ? It 's white!  They 've "seen" it: 'white', said n
 \tЯ читаю это медленно.\n\n\n    你好，世界！ こんにちは नमस्ते مرحبا
     👩‍💻 👨‍👩‍👧‍👦 🏳️‍🌈 🇺🇦 ❤️ é e\u0301 \u2028 end   \n"""
-TEXTS = {"code": CODE[:3000], "prose": PROSE, "one line": " ".join(CODE.split())[:3000]}
+SCRIPTS = "太阳是黄色的。 Привет 🌞🌻 é, naïve café — こんにちは"
+RUSSIAN = "он об ов од ой ок ол слово молоко"  # A token may be "о" and half of what follows.
+TEXTS = {
+    "code": CODE[:3000],
+    "prose": PROSE,
+    "one line": " ".join(CODE.split())[:3000],
+    "scripts": f"{SCRIPTS} {RUSSIAN} " * 3,
+}
 
 
 class Clock:
@@ -39,9 +51,20 @@ class Clock:
 class Tokenizer:
     """A tokenizer of tests/models that keeps an account of its work."""
 
-    def __init__(self, family: str) -> None:
-        self.family = family
-        self.tokenizer = openvino_genai.Tokenizer(MODELS / family)
+    def __init__(self, name: str) -> None:
+        family = name.removesuffix(".gguf").removesuffix("-ignore").removesuffix("-none")
+        if name in DETOKENIZERS:
+            detokenizer = MODELS / "detokenizers" / f"{name}.xml"
+            files = [MODELS / family / "openvino_tokenizer.xml", detokenizer]
+            weights = [
+                openvino.Tensor(numpy.fromfile(MODELS / family / f"{part}.bin", "uint8"))
+                for part in ("openvino_tokenizer", "openvino_detokenizer")
+            ]
+            tokenizer, detokenizer = (file.read_text(encoding="utf-8") for file in files)
+            arguments = tokenizer, weights[0], detokenizer, weights[1]
+            self.tokenizer = openvino_genai.Tokenizer(*arguments)
+        else:
+            self.tokenizer = openvino_genai.Tokenizer(MODELS / name)
         config = json.loads((MODELS / family / "config.json").read_text(encoding="utf-8"))
         self.size = config["vocab_size"]
         self.texts = self.tokenizer.decode([[token] for token in range(self.size)])

@@ -1,6 +1,7 @@
 """Make the models in `tests/models` again, from nothing.
 
     pip install --upgrade-strategy eager -r export-requirements.txt
+    pip install gguf==0.19.0
     python tests/make_models.py
 
 It trains a tokenizer and a small LLaMA on the text in `training_text.py`, and exports them with
@@ -10,6 +11,7 @@ It trains a tokenizer and a small LLaMA on the text in `training_text.py`, and e
 import argparse
 import io
 import itertools
+import json
 import math
 import random
 import re
@@ -23,9 +25,12 @@ import openvino
 import sentencepiece
 import torch
 from openvino_tokenizers import convert_tokenizer
+from openvino_tokenizers.constants import UTF8ReplaceMode
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from training_text import conversations
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GlmConfig,
     GlmForCausalLM,
     LlamaConfig,
@@ -226,6 +231,14 @@ def qwen(text: list[str], checkpoint: Path) -> None:
     save_random(Qwen2ForCausalLM, Qwen2Config, tokenizer, checkpoint)
 
 
+def qwen_with_halves(text: list[str], checkpoint: Path) -> None:
+    """With tokens such as "о" and half a letter, which all real vocabularies of bytes have."""
+    words = (
+        "он об ов од ой ок ол ом оп ор ос от ох слово молоко хорошо город дорога しています ました"
+    )
+    qwen(text + [words] * 400, checkpoint)
+
+
 def chatglm(text: list[str], checkpoint: Path) -> None:
     """ChatGLM's kind of detokenizer, one SentencePiece operation, on the GLM architecture.
 
@@ -244,6 +257,71 @@ def use_sentencepiece_operations(checkpoint: Path, folder: Path) -> None:
         strict=True,
     ):
         openvino.save_model(model, folder / f"openvino_{name}.xml")
+
+
+def convert_detokenizers(family: str) -> None:
+    """Convert the detokenizer of a family again, to what half a character decodes to elsewhere.
+
+    To nothing ("ignore"), or to its bytes ("none"). Only the .xml differs from the family's own.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / family)
+    for name, mode in ("ignore", UTF8ReplaceMode.IGNORE), ("none", None):
+        _, model = convert_tokenizer(tokenizer, with_detokenizer=True, utf8_replace_mode=mode)
+        with tempfile.TemporaryDirectory() as temporary:
+            xml = Path(temporary, f"{family}-{name}.xml")
+            openvino.save_model(model, xml)
+            weights = (MODELS / family / "openvino_detokenizer.bin").read_bytes()
+            assert xml.with_suffix(".bin").read_bytes() == weights
+            shutil.copy(xml, MODELS / "detokenizers")
+
+
+def write_gguf(checkpoint: Path, path: Path) -> None:
+    """Write a checkpoint of LLaMA 3 or Qwen2 as a GGUF file, as llama.cpp converts them."""
+    import gguf  # Here, because the tests of the export import this file without it.
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    config, is_llama = model.config, model.config.model_type == "llama"
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    types = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe" if is_llama else "qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([types[token in tokenizer.all_special_tokens] for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.eos_token_id)
+
+    architecture = gguf.MODEL_ARCH.LLAMA if is_llama else gguf.MODEL_ARCH.QWEN2
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":  # That of the embeddings.
+            continue
+        array = tensor.float().numpy()
+        if is_llama and ("q_proj" in name or "k_proj" in name):  # It rotates neighbours instead.
+            heads = getattr(config, f"num_{'attention' if 'q_' in name else 'key_value'}_heads")
+            halves = array.reshape(heads, 2, -1, config.hidden_size)
+            array = halves.swapaxes(1, 2).reshape(array.shape)
+        array = array.astype("float32" if array.ndim == 1 else "float16")
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def save_random(model_class, config_class, tokenizer, checkpoint: Path, **sizes: int) -> None:
@@ -272,15 +350,26 @@ def main() -> None:
         "tiny-llama3": llama3,
         "tiny-qwen": qwen,
         "tiny-chatglm": chatglm,
+        "tiny-llama3.gguf": llama3,
+        "tiny-qwen.gguf": qwen_with_halves,
+        "detokenizers": None,
     }
     parser = argparse.ArgumentParser(description="Make the models in tests/models again.")
     parser.add_argument("names", nargs="*", metavar="name", help=f"one of: {', '.join(makers)}")
     for name in parser.parse_args().names or makers:
         folder = MODELS / name
+        if name == "detokenizers":
+            folder.mkdir(exist_ok=True)
+            convert_detokenizers("tiny-llama")
+            convert_detokenizers("tiny-qwen")
+            continue
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory() as temporary:
             checkpoint = Path(temporary)
             makers[name](training_lines(), checkpoint)
+            if name.endswith(".gguf"):
+                write_gguf(checkpoint, folder)
+                continue
             export(checkpoint, folder, "--weight-format", "int8")
             if name == "tiny-chatglm":
                 use_sentencepiece_operations(checkpoint, folder)

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from conftest import PROPERTIES
-from families import HELLO, MODELS, SCRIPT, SUN
+from families import HELLO, MODELS, ROOT, SCRIPT, SUN
 
 from multinomial_causal_lm import CONTROL, IterableStreamer, stream
 
@@ -176,6 +177,7 @@ class BrokenTokenizer:
 
     def __init__(self, tokenizer, decodes: int) -> None:
         self.tokenizer, self.decodes = tokenizer, decodes
+        self.encode = tokenizer.encode
 
     def decode(self, tokens):
         self.decodes -= 1
@@ -223,6 +225,54 @@ def test_what_generate_refuses_is_raised_where_the_chunks_are_read(pipe, config,
 def test_a_prompt_of_a_wrong_type_is_raised_where_the_chunks_are_read(pipe, config, prompt):
     with pytest.raises(TypeError):
         list(stream(pipe, prompt, config))
+
+
+@pytest.mark.parametrize("name", ["chunks", "sys.chunks"])
+def test_a_program_that_ends_with_an_unfinished_stream_ends_at_once(name):
+    program = f"""if True:
+        import sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from multinomial_causal_lm import stream
+        from openvino_genai import LLMPipeline
+        pipe = LLMPipeline({str(MODEL)!r}, "CPU")
+        config = pipe.get_generation_config()
+        config.max_new_tokens = 1_000_000
+        config.ignore_eos = True
+        {name} = stream(pipe, "Hi", config)
+        next({name})
+        print(time.time())
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert time.time() - float(process.stdout) < 10  # It would go on for many minutes.
+
+
+@posix
+def test_a_closed_stdout_is_an_error_and_a_closed_stderr_is_none():
+    def run(redirection: str) -> subprocess.CompletedProcess:
+        command = f'"{sys.executable}" "{SCRIPT}" "{MODEL}" "{SUN}" {redirection}'
+        shell = ["sh", "-c", command]
+        return subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False)
+
+    process = run(">&-")
+    assert process.returncode == 2
+    assert process.stderr.endswith("error: stdout is closed\n")
+    process = run("2>&-")
+    assert process.returncode == 0
+    assert process.stdout and "Loading" not in process.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode there")
+def test_a_folder_whose_name_is_not_unicode(run_script, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    assert_one_clear_line(run_script(os.fsdecode(folder), SUN), "no such folder", r"\udcff")
+    shutil.copytree(os.fsencode(MODEL), folder)
+    assert run_script(os.fsdecode(folder), SUN).stdout.strip()
+    os.unlink(folder + b"/openvino_model.bin")
+    assert_one_clear_line(run_script(os.fsdecode(folder), SUN), r"\udcff")
 
 
 def remove(*names):

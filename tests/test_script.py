@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from families import FUNCTION, HELLO, MODELS, PROMPTS, SUN, Tokenizer
+from families import FUNCTION, GGUF, HELLO, MODELS, PROMPTS, SUN, Tokenizer
 
 MODEL = MODELS / "tiny-llama"
 
@@ -21,6 +21,14 @@ def test_it_answers_and_ends_with_one_newline(run_script):
 def test_stderr_has_one_line_about_loading(run_script):
     process = run_script(MODEL, SUN, "--device", "CPU")
     assert process.stderr == f"Loading {MODEL} on CPU ...\n"
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_it_runs_a_gguf_file(run_script, name):
+    process = run_script(MODELS / name, SUN)
+    assert process.returncode == 0
+    assert process.stdout.strip()
+    assert process.stderr == f"Loading {MODELS / name} on CPU ...\n"
 
 
 def test_four_runs_print_four_texts(run_script):

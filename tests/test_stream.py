@@ -2,12 +2,12 @@
 
 import pytest
 from conftest import PROPERTIES
-from families import FAMILIES, PROMPTS
+from families import FAMILIES, GGUF, PROMPTS
 
 from multinomial_causal_lm import stream
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=FAMILIES + GGUF)
 def family(request):
     return request.param
 
