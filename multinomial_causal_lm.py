@@ -132,7 +132,7 @@ def stream(pipe: LLMPipeline, prompt: str, config: GenerationConfig) -> Iterator
 def check(model: Path) -> None:
     """Exit with one line about what the library would report in many lines, or late."""
     if not model.exists():
-        sys.exit(f"error: no such folder: {model}")
+        sys.exit(f"error: no such file or folder: {model}")
     for part in ("model", "tokenizer", "detokenizer") if model.is_dir() else ():
         xml = model / f"openvino_{part}.xml"
         if not xml.exists():
@@ -147,7 +147,7 @@ def check(model: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_dir", help="folder of a model converted to OpenVINO", type=Path)
+    parser.add_argument("model_dir", help="folder of a converted model, or GGUF file", type=Path)
     parser.add_argument("prompt", help="what to ask the model")
     parser.add_argument("--device", default="CPU", help="CPU, GPU, NPU, ... (default: %(default)s)")
     args = parser.parse_args()

@@ -39,6 +39,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 MODELS = Path(__file__).parent / "models"
@@ -218,9 +220,9 @@ def llama3(text: list[str], checkpoint: Path) -> None:
     save_random(LlamaForCausalLM, LlamaConfig, tokenizer, checkpoint)
 
 
-def qwen(text: list[str], checkpoint: Path) -> None:
+def qwen_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
     """Qwen's tokenizer: bytes, and no clean-up."""
-    tokenizer = byte_level_tokenizer(
+    return byte_level_tokenizer(
         text,
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -228,7 +230,14 @@ def qwen(text: list[str], checkpoint: Path) -> None:
         eos_token="<|im_end|>",
         clean_up_tokenization_spaces=False,
     )
-    save_random(Qwen2ForCausalLM, Qwen2Config, tokenizer, checkpoint)
+
+
+def qwen(text: list[str], checkpoint: Path) -> None:
+    save_random(Qwen2ForCausalLM, Qwen2Config, qwen_tokenizer(text), checkpoint)
+
+
+def qwen3(text: list[str], checkpoint: Path) -> None:
+    save_random(Qwen3ForCausalLM, Qwen3Config, qwen_tokenizer(text), checkpoint)
 
 
 def qwen_with_halves(text: list[str], checkpoint: Path) -> None:

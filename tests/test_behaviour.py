@@ -268,7 +268,7 @@ def test_a_closed_stdout_is_an_error_and_a_closed_stderr_is_none():
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode there")
 def test_a_folder_whose_name_is_not_unicode(run_script, tmp_path):
     folder = os.fsencode(tmp_path) + b"/\xff"
-    assert_one_clear_line(run_script(os.fsdecode(folder), SUN), "no such folder", r"\udcff")
+    assert_one_clear_line(run_script(os.fsdecode(folder), SUN), "no such file or folder", r"\udcff")
     shutil.copytree(os.fsencode(MODEL), folder)
     assert run_script(os.fsdecode(folder), SUN).stdout.strip()
     os.unlink(folder + b"/openvino_model.bin")
@@ -298,7 +298,7 @@ def overwrite(name, content):
 
 
 BAD_MODELS = {
-    "does not exist": (shutil.rmtree, ["no such folder"]),
+    "does not exist": (shutil.rmtree, ["no such file or folder"]),
     "is empty": (
         lambda folder: [file.unlink() for file in folder.iterdir()],
         ["no OpenVINO model"],
