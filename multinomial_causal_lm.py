@@ -15,21 +15,26 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not (hasattr(sys, "ps1") or sys.flags.interactive):
     # Ctrl+C ends the process at once, also inside the library, where Python would not see it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Before the imports below, which are slow.
 
 import openvino
-from openvino_genai import GenerationConfig, LLMPipeline, StreamerBase, StreamingStatus, Tokenizer
+import openvino_genai
+from openvino_genai import StreamingStatus
 
-# All control characters but tab, newline and carriage return.
-CONTROL = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]")
+CONTROL = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]")  # But for tab and line ends.
+# A pipeline answers one prompt at a time: callers of `stream` wait for the lock of theirs.
+TURNS = weakref.WeakKeyDictionary()
+# The first use of `data` in a process: if several threads came to it together, they could freeze.
+openvino.Tensor(openvino.Type.i64, [1]).data  # noqa: B018
 
 
-class IterableStreamer(StreamerBase):
+class IterableStreamer(openvino_genai.StreamerBase):
     """Turns the tokens of one `pipe.generate(prompt, config, streamer)` into chunks of text (`str`).
 
     Iterate over it on another thread. The chunks add up to `tokenizer.decode(all tokens)`, exactly.
@@ -37,11 +42,11 @@ class IterableStreamer(StreamerBase):
     A decode takes at most 64 tokens of text, 128 of fast ones, and more only of endless garbage.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: openvino_genai.Tokenizer) -> None:
         super().__init__()
         self._tokenizer = tokenizer
         self._chunks = queue.SimpleQueue()  # of str, then the end: None, or an exception.
-        self._lock = threading.Lock()  # `end` may come from any thread.
+        self._lock = threading.RLock()  # `end` may come from any thread, garbage collection too.
         self._ended = False
         self._due = float("-inf")  # When the next decode is, in seconds.
         self._tokens: list[int] = []  # What the next decode needs,
@@ -98,33 +103,40 @@ class IterableStreamer(StreamerBase):
                 self._complete = len(self._tokens)
         if self._ended:
             self._chunks.put(None)
-        self._due = time.perf_counter() + 0.01
+        self._due = time.perf_counter() + 0.01 * bool(self._tokens)  # No token, no delay.
 
 
-def stream(pipe: LLMPipeline, prompt: str, config: GenerationConfig) -> Iterator[str]:
+def stream(
+    pipe: openvino_genai.LLMPipeline,
+    prompt: str | openvino_genai.ChatHistory | openvino_genai.TokenizedInputs,
+    config: openvino_genai.GenerationConfig,
+) -> Iterator[str]:
     """Generate on another thread, and yield the text (`str`) in chunks as it comes.
 
-    Leaving the loop early, also by an exception, stops the generation and waits for its thread.
-    What `generate` or the tokenizer raises is raised here, after the text that was complete.
+    Any thread may call it: a pipeline answers its callers in turn. What `generate` or the tokenizer
+    raises is raised here. Leaving the loop at a chunk stops the generation; if something else holds
+    the generator, closing it does: `with contextlib.closing(stream(...)) as chunks:`.
     """
     streamer = IterableStreamer(pipe.get_tokenizer())
     errors = []
 
     def generate() -> None:
         try:
-            pipe.generate(prompt, config, streamer)
+            with TURNS.setdefault(pipe, threading.Lock()):
+                if streamer.write([]) == StreamingStatus.RUNNING:  # The caller has not left yet.
+                    pipe.generate(prompt, config, streamer)
         except BaseException as error:  # noqa: BLE001 - raised again on the thread that reads.
             errors.append(error)
         finally:
             streamer.end()  # `generate` does not call it when it refuses its arguments.
 
     thread = threading.Thread(target=generate)
-    thread.start()
     try:
+        thread.start()  # An interrupt here must cancel, too: the thread may run already.
         yield from streamer
+        thread.join()  # The library calls `end` before it raises.
     finally:
         streamer.cancel()
-        thread.join()
     for error in errors:
         raise error
 
@@ -155,14 +167,13 @@ def main() -> None:
         parser.error("the prompt must be text, in valid Unicode")
     if not sys.stdout:
         parser.error("stdout is closed")
-    sys.stdout.reconfigure(errors="replace")  # Print "?" for what the terminal cannot show.
-
+    if hasattr(sys.stdout, "reconfigure"):  # Not in a notebook.
+        sys.stdout.reconfigure(errors="replace")  # Print "?" for what the terminal cannot show.
     try:
         check(args.model_dir)
         if sys.stderr:  # If it is closed, print would use stdout.
             print(f"Loading {args.model_dir} on {args.device} ...", file=sys.stderr, flush=True)
-        pipe = LLMPipeline(args.model_dir, args.device)
-
+        pipe = openvino_genai.LLMPipeline(args.model_dir, args.device)
         # What is not set here stays as the model's own generation_config.json has it.
         config = pipe.get_generation_config()
         config.max_new_tokens = 100  # Stop here, if the model does not stop before.
@@ -170,7 +181,6 @@ def main() -> None:
         config.top_p = 0.9  # Choose from the most probable tokens that add up to this probability,
         config.top_k = 30  # and from no more than so many of them.
         config.rng_seed = secrets.randbits(32)  # Another text on every run; a constant repeats one.
-
         for chunk in stream(pipe, args.prompt, config):
             if sys.stdout.isatty():  # Show control characters: they could command the terminal.
                 chunk = CONTROL.sub(lambda character: ascii(character[0])[1:-1], chunk)

@@ -110,6 +110,14 @@ def common_prefix(texts: list[str]) -> str:
     return "".join(character for character, _ in same)
 
 
+def test_a_contraction_in_single_letters_comes_out_as_decode_says(tokenizer, clock):
+    for text in "a n't", "a 've", "a 're", "a 's", "a ' b", "a .":
+        letters = [tokenizer.inner_tokens(letter) for letter in text[1:]]
+        tokens = [*tokenizer.tokens("a"), *itertools.chain(*letters)]
+        *_, streamed = write_all(tokenizer, clock, tokens)
+        assert streamed == tokenizer.decode(tokens)
+
+
 def test_the_first_token_is_there_at_once(tokenizer, clock):
     token = tokenizer.texts.index("def" if "def" in tokenizer.texts else "The")
     assert write_all(tokenizer, clock, [token])[0] == tokenizer.texts[token]
