@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Stream the answer of a large language model, chosen by random sampling, with OpenVINO GenAI.
 
@@ -10,14 +9,12 @@ import errno
 import os
 import queue
 import re
-import secrets
 import signal
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 
 if __name__ == "__main__" and not (hasattr(sys, "ps1") or sys.flags.interactive):
     # Ctrl+C ends the process at once, also inside the library, where Python would not see it.
@@ -27,36 +24,30 @@ import openvino
 import openvino_genai
 from openvino_genai import StreamingStatus
 
-CONTROL = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]")  # But for tab and line ends.
-# A pipeline answers one prompt at a time: callers of `stream` wait for the lock of theirs.
-TURNS = weakref.WeakKeyDictionary()
-# The first use of `data` in a process: if several threads came to it together, they could freeze.
-openvino.Tensor(openvino.Type.i64, [1]).data  # noqa: B018
-
 
 class IterableStreamer(openvino_genai.StreamerBase):
-    """Turns the tokens of one `pipe.generate(prompt, config, streamer)` into chunks of text (`str`).
+    """Turns the tokens of one `pipe.generate(prompt, config, streamer)` into chunks of text, `str`.
 
     Iterate over it on another thread. The chunks add up to `tokenizer.decode(all tokens)`, exactly.
     What no later token can change is there when `write` returns, or 10 ms later if tokens are fast.
-    A decode takes at most 64 tokens of text, 128 of fast ones, and more only of endless garbage.
+    A decode takes at most 64 tokens of text (more only if they come at once, or are garbage).
     """
 
     def __init__(self, tokenizer: openvino_genai.Tokenizer) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        self._chunks = queue.SimpleQueue()  # of str, then the end: None, or an exception.
+        self._chunks = queue.SimpleQueue()
+        self.put = self._chunks.put  # Takes chunks, then None or an exception. May be replaced.
         self._lock = threading.RLock()  # `end` may come from any thread, garbage collection too.
         self._ended = False
-        self._due = float("-inf")  # When the next decode is, in seconds.
+        self._due = 0.0  # When the next decode is, in seconds.
         self._tokens: list[int] = []  # What the next decode needs,
-        self._yielded = 0  # how many characters of its text are in the queue already,
+        self._yielded = 0  # how many characters of its text were yielded already,
         self._complete = 0  # and how many tokens there were when that was last all of the text.
         # Behind these, tokens decode as they do in the middle of a text, not as at its beginning.
         self._context = tokenizer.encode("a .").input_ids.data[0].tolist()
 
-    def __iter__(self) -> Iterator[str]:
-        return self
+    __iter__ = Iterator.__iter__  # It is its own iterator.
 
     def __next__(self) -> str:
         """Return the next chunk, once there is one. Raise what went wrong in `write` or `end`."""
@@ -65,45 +56,46 @@ class IterableStreamer(openvino_genai.StreamerBase):
         self._chunks.put(None)  # The end stays the end, for every reader.
         raise chunk or StopIteration
 
-    def write(self, token: int | list[int]) -> StreamingStatus:
+    def write(self, token: int | list[int], last: bool = False) -> StreamingStatus:
         """Take the next tokens. The library calls it, on its thread; CANCEL makes it stop."""
-        return self._update([token] if isinstance(token, int) else token)
-
-    def end(self) -> None:
-        """Yield the rest of the text, then end the iteration. Any thread may call it, repeatedly."""
-        self._update([], last=True)
-
-    cancel = end  # A generation that still runs stops at its next token.
-
-    def _update(self, tokens: list[int], last: bool = False) -> StreamingStatus:
         with self._lock:
             try:
-                self._tokens += tokens
-                due = last or 100 < len(self._tokens) < 120 or time.perf_counter() >= self._due
+                self._tokens += [token] if isinstance(token, int) else token
+                due = last or 50 < len(self._tokens) < 64 or time.perf_counter() >= self._due
                 if due and not self._ended:
                     self._decode(last)
             except BaseException as error:  # noqa: BLE001 - if it left, the library would abort.
                 self._ended = True
-                self._chunks.put(error)
+                self.put(error)
             return StreamingStatus.CANCEL if self._ended else StreamingStatus.RUNNING
 
+    def end(self) -> None:
+        """Yield the rest of the text, then end the iteration. Any thread may call it, any time."""
+        IterableStreamer.write(self, [], last=True)  # Not a `write` that replaces it.
+
+    cancel = end  # A generation that still runs stops at its next token.
+
     def _decode(self, last: bool) -> None:
-        self._ended = last or not threading.main_thread().is_alive()  # A program that ends waits.
+        self._ended |= last or not threading.main_thread().is_alive()  # A program that ends waits.
         text = self._tokenizer.decode(self._tokens)
         # A later token can complete a character, or remove a space: " n" + "'t" -> "n't".
         changeable = re.search(r"(\ufffd{1,3}| (n'?|'[rv]?)?)?\Z", text)
         end = len(text) if self._ended else changeable.start()
         if end > self._yielded:
-            self._chunks.put(text[self._yielded : end])
+            self.put(text[self._yielded : end])
             self._yielded = end
             if end == len(text):
-                if self._complete > 40:  # Later tokens stay: half a character may hide in them.
+                if self._complete > 24:  # Newer tokens stay: half a character may hide in them.
                     self._tokens = self._context + self._tokens[self._complete :]
                     self._yielded = len(self._tokenizer.decode(self._tokens))
                 self._complete = len(self._tokens)
         if self._ended:
-            self._chunks.put(None)
+            self.put(None)
         self._due = time.perf_counter() + 0.01 * bool(self._tokens)  # No token, no delay.
+
+
+TURNS = weakref.WeakKeyDictionary()  # The lock of each pipeline: it answers one prompt at a time.
+openvino.Tensor(openvino.Type.i64, [1]).data  # noqa: B018 - two threads that use it first, freeze.
 
 
 def stream(
@@ -141,25 +133,23 @@ def stream(
         raise error
 
 
-def check(model: Path) -> None:
+def check(model: str) -> None:
     """Exit with one line about what the library would report in many lines, or late."""
-    if not model.exists():
-        sys.exit(f"error: no such file or folder: {model}")
-    for part in ("model", "tokenizer", "detokenizer") if model.is_dir() else ():
-        xml = model / f"openvino_{part}.xml"
-        if not xml.exists():
+    for part in ("model", "tokenizer", "detokenizer") if not model.endswith(".gguf") else ():
+        xml = os.path.join(model, f"openvino_{part}.xml")
+        if not os.path.exists(xml):
             sys.exit(
-                f"error: no OpenVINO model in {model}: {xml.name} is missing. To convert one, run "
-                "optimum-cli export openvino with openvino-tokenizers[transformers] installed"
+                f"error: no OpenVINO model: {xml} does not exist. To convert one, run optimum-cli"
+                " export openvino in an environment that has openvino-tokenizers[transformers]"
             )
-        with xml.open("rb") as file:
+        with open(xml, "rb") as file:
             if file.read(1) not in (b"<", b"\xef"):  # The second begins a byte order mark.
                 sys.exit(f"error: {xml} is not an OpenVINO model. Git clone? Try: git lfs pull")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_dir", help="folder of a converted model, or GGUF file", type=Path)
+    parser.add_argument("model_dir", help="folder of a converted model, or GGUF file")
     parser.add_argument("prompt", help="what to ask the model")
     parser.add_argument("--device", default="CPU", help="CPU, GPU, NPU, ... (default: %(default)s)")
     args = parser.parse_args()
@@ -180,10 +170,10 @@ def main() -> None:
         config.do_sample = True  # Choose each token at random. False takes the most probable one.
         config.top_p = 0.9  # Choose from the most probable tokens that add up to this probability,
         config.top_k = 30  # and from no more than so many of them.
-        config.rng_seed = secrets.randbits(32)  # Another text on every run; a constant repeats one.
+        config.rng_seed = time.time_ns()  # Another text on every run; a constant repeats one.
         for chunk in stream(pipe, args.prompt, config):
             if sys.stdout.isatty():  # Show control characters: they could command the terminal.
-                chunk = CONTROL.sub(lambda character: ascii(character[0])[1:-1], chunk)
+                chunk = re.sub(r"[^\t\n\r -~\xa0-\U0010ffff]", lambda c: ascii(c[0])[1:-1], chunk)
             print(chunk, end="", flush=True)
         print(flush=True)
     except (RuntimeError, UnicodeError) as error:

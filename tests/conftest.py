@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from families import MODELS, SCRIPT
 # With it, the second run of a prompt computes a little differently, and may choose other tokens.
 NO_PREFIX_CACHING = openvino_genai.SchedulerConfig()
 NO_PREFIX_CACHING.enable_prefix_caching = False
+posix = pytest.mark.skipif(os.name == "nt", reason="signals, pipes and shells of POSIX")
 PROPERTIES = {
     "paged attention": {"ATTENTION_BACKEND": "PA", "scheduler_config": NO_PREFIX_CACHING},
     "SDPA": {"ATTENTION_BACKEND": "SDPA"},

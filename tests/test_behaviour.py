@@ -10,13 +10,13 @@ import threading
 import time
 
 import pytest
-from conftest import PROPERTIES
+from conftest import PROPERTIES, posix
 from families import HELLO, MODELS, ROOT, SCRIPT, SUN
 
-from multinomial_causal_lm import CONTROL, IterableStreamer, stream
+from multinomial_causal_lm import IterableStreamer, stream
 
 MODEL = MODELS / "tiny-llama"
-posix = pytest.mark.skipif(os.name == "nt", reason="signals and pipes of POSIX")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @pytest.fixture
@@ -123,9 +123,9 @@ def writes(monkeypatch):
     calls = []
     write = IterableStreamer.write
 
-    def counting_write(self, token):
+    def counting_write(self, token, last=False):
         calls.append(token)
-        return write(self, token)
+        return write(self, token, last)
 
     monkeypatch.setattr(IterableStreamer, "write", counting_write)
     return calls
@@ -185,8 +185,10 @@ class BrokenTokenizer:
         self.decodes -= 1
         if self.decodes < 0:
             raise LookupError("broken")
-        self.text = self.tokenizer.decode(tokens)
-        return self.text
+        text = self.tokenizer.decode(tokens)
+        if not text.startswith("a ."):  # The beginning of the answer is not forgotten yet.
+            self.text = text
+        return text
 
 
 class BrokenPipeline:
@@ -207,7 +209,7 @@ def test_an_exception_in_the_streamer_is_raised_where_the_chunks_are_read(
     with pytest.raises(LookupError, match="broken"):
         received.extend(stream(broken, SUN, config))
     if decodes > 1:  # What the last decode showed is there, but for what might have changed.
-        assert "".join(received).startswith(broken.tokenizer.text[:-4])
+        assert "".join(received).startswith(broken.tokenizer.text[:-4]) and received
     assert len(writes) < 1000
 
 
@@ -274,7 +276,7 @@ def test_a_closed_stdout_is_an_error_and_a_closed_stderr_is_none():
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode there")
 def test_a_folder_whose_name_is_not_unicode(run_script, tmp_path):
     folder = os.fsencode(tmp_path) + b"/\xff"
-    assert_one_clear_line(run_script(os.fsdecode(folder), SUN), "no such file or folder", r"\udcff")
+    assert_one_clear_line(run_script(os.fsdecode(folder), SUN), "does not exist", r"\udcff")
     shutil.copytree(os.fsencode(MODEL), folder)
     assert run_script(os.fsdecode(folder), SUN).stdout.strip()
     os.unlink(folder + b"/openvino_model.bin")
@@ -304,7 +306,7 @@ def overwrite(name, content):
 
 
 BAD_MODELS = {
-    "does not exist": (shutil.rmtree, ["no such file or folder"]),
+    "does not exist": (shutil.rmtree, ["no OpenVINO model", "does not exist"]),
     "is empty": (
         lambda folder: [file.unlink() for file in folder.iterdir()],
         ["no OpenVINO model"],
@@ -371,7 +373,7 @@ def test_a_bad_prompt_is_explained_in_one_line(run_script, prompt):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932", "utf-8"])
 @pytest.mark.parametrize("prompt", [HELLO, "你好，Привет 👋"])
 def test_text_that_stdout_cannot_show_is_replaced_and_no_other(changed_script, encoding, prompt):
-    script = changed_script({"secrets.randbits(32)": "7"})
+    script = changed_script({"time.time_ns()": "7"})
     outputs = []
     for name in "utf-8", encoding:
         environment = os.environ | {"PYTHONIOENCODING": name}
@@ -390,7 +392,7 @@ def test_control_characters_are_shown_on_a_terminal_and_unchanged_in_a_pipe(chan
     import pty
 
     script = changed_script(
-        {"secrets.randbits(32)": "7", "max_new_tokens = 100 ": "max_new_tokens = 400 "}
+        {"time.time_ns()": "7", "max_new_tokens = 100 ": "max_new_tokens = 400 "}
     )
     model = MODELS / "tiny-qwen"  # Its weights are random: it emits any character.
     piped = start(script, model, SUN).communicate(timeout=60)[0].decode("utf-8")
