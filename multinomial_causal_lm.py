@@ -45,7 +45,7 @@ class IterableStreamer(openvino_genai.StreamerBase):
         self._yielded = 0  # how many characters of its text were yielded already,
         self._complete = 0  # and how many tokens there were when that was last all of the text.
         # Behind these, tokens decode as they do in the middle of a text, not as at its beginning.
-        self._context = tokenizer.encode("a .").input_ids.data[0].tolist()
+        self._context = tokenizer.encode("a").input_ids.data[0].tolist()
 
     __iter__ = Iterator.__iter__  # It is its own iterator.
 
