@@ -76,7 +76,8 @@ class IterableStreamer(openvino_genai.StreamerBase):
     cancel = end  # A generation that still runs stops at its next token.
 
     def _decode(self, last: bool) -> None:
-        self._ended |= last or not threading.main_thread().is_alive()  # A program that ends waits.
+        last = last or not threading.main_thread().is_alive()  # A program that ends waits for us.
+        self._ended = self._ended or last
         text = self._tokenizer.decode(self._tokens)
         # A later token can complete a character, or remove a space: " n" + "'t" -> "n't".
         changeable = re.search(r"(\ufffd{1,3}| (n'?|'[rv]?)?)?\Z", text)
@@ -109,8 +110,7 @@ def stream(
     raises is raised here. Leaving the loop at a chunk stops the generation; if something else holds
     the generator, closing it does: `with contextlib.closing(stream(...)) as chunks:`.
     """
-    streamer = IterableStreamer(pipe.get_tokenizer())
-    errors = []
+    streamer, errors = IterableStreamer(pipe.get_tokenizer()), []
 
     def generate() -> None:
         try:

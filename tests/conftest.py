@@ -23,8 +23,9 @@ def run_script():
 
     def run(*arguments: object, **options) -> subprocess.CompletedProcess:
         command = [sys.executable, SCRIPT, *map(str, arguments)]
-        options = {"capture_output": True, "encoding": "utf-8", "timeout": 60} | options
-        return subprocess.run(command, check=False, **options)
+        environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+        options = {"env": environment, "encoding": "utf-8", "timeout": 60} | options
+        return subprocess.run(command, capture_output=True, check=False, **options)
 
     return run
 

@@ -1,8 +1,13 @@
 """`stream` on real pipelines: it yields what `generate` returns."""
 
+import json
+import shutil
+
 import pytest
 from conftest import PROPERTIES
-from families import FAMILIES, GGUF, PROMPTS
+from families import FAMILIES, GGUF, MODELS, PROMPTS, SUN
+from openvino_genai import LLMPipeline
+from recipes import BLOCKS
 
 from multinomial_causal_lm import stream
 
@@ -35,3 +40,35 @@ def test_the_chunks_add_up_to_what_generate_returns(pipe, config, seed):
     config.rng_seed = seed
     prompt = PROMPTS[seed % len(PROMPTS)]
     assert "".join(stream(pipe, prompt, config)) == pipe.generate(prompt, config)
+
+
+def test_a_model_without_a_template_gets_the_one_of_the_readme(tmp_path, load_pipe):
+    """With it, and with two tokens that end an answer, as first-generation Qwen needs them."""
+    (template,) = (block for language, block in BLOCKS if language == "jinja")
+    settings = json.loads(*(block for language, block in BLOCKS if language == "json"))
+    without = load_pipe("tiny-qwen", **PROPERTIES["paged attention"])
+    assert not without.get_tokenizer().chat_template
+    text = f"<|im_start|>user\n{SUN}<|im_end|>\n<|im_start|>assistant\n"
+    config = without.get_generation_config()
+    config.max_new_tokens = 30
+    expected = "".join(stream(without, text, config))
+    assert "".join(stream(without, SUN, config)) != expected
+
+    tokenizer = without.get_tokenizer()
+    tokens = tokenizer.encode(expected, add_special_tokens=False).input_ids.data[0].tolist()
+    folder = shutil.copytree(MODELS / "tiny-qwen", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template.removesuffix("\n"), encoding="utf-8")
+    pipe = LLMPipeline(folder, "CPU", **PROPERTIES["paged attention"])
+    config = pipe.get_generation_config()
+    config.max_new_tokens = 30
+    assert "".join(stream(pipe, SUN, config)) == expected
+
+    own = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    assert list(settings) == ["eos_token_id"] and len(settings["eos_token_id"]) == 2
+    own["eos_token_id"] = [own["eos_token_id"], tokens[-1]]
+    (folder / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    pipe = LLMPipeline(folder, "CPU", **PROPERTIES["paged attention"])
+    config = pipe.get_generation_config()
+    config.max_new_tokens = 30
+    shorter = "".join(stream(pipe, SUN, config))
+    assert expected.startswith(shorter) and len(shorter) < len(expected)

@@ -8,7 +8,7 @@ import threading
 import pytest
 from conftest import PROPERTIES, posix
 from families import MODELS, PROMPTS, ROOT, SUN, Tokenizer
-from openvino_genai import ChatHistory, LLMPipeline
+from openvino_genai import ChatHistory, LLMPipeline, StreamingStatus
 
 from multinomial_causal_lm import IterableStreamer, stream
 
@@ -176,27 +176,30 @@ def test_two_pipelines_generate_at_the_same_time(make_config):
         assert next(chunks)
 
 
-def test_end_may_come_from_within_write():
+@pytest.mark.parametrize("function", [Tokenizer.decode, threading.main_thread])
+def test_end_may_come_from_within_write(monkeypatch, function):
     """From garbage collection: it may close a forgotten generator on any thread, at any time."""
+    calls, results = [], []
 
-    class Ending:
-        def __init__(self, tokenizer) -> None:
-            self.encode, self.inner, self.calls = tokenizer.encode, tokenizer, 0
-
-        def decode(self, tokens):
-            self.calls += 1
-            if self.calls == 1:
-                streamer.end()
-            return self.inner.decode(tokens)
+    def ending(*arguments):
+        calls.append(function)
+        if len(calls) == 1:
+            streamer.end()
+        return function(*arguments)
 
     tokenizer = Tokenizer("tiny-qwen")
-    streamer = IterableStreamer(Ending(tokenizer))
     tokens = tokenizer.tokens("Why")
-    writer = threading.Thread(target=streamer.write, args=[tokens], daemon=True)
+    expected = tokenizer.decode(tokens)
+    streamer = IterableStreamer(tokenizer)
+    owner = Tokenizer if function is Tokenizer.decode else threading
+    monkeypatch.setattr(owner, function.__name__, ending)
+    writer = threading.Thread(target=lambda: results.append(streamer.write(tokens)), daemon=True)
     writer.start()
     writer.join(timeout=20)
     assert not writer.is_alive()
-    assert "".join(streamer) == tokenizer.decode(tokens)
+    assert results == [StreamingStatus.CANCEL]
+    assert streamer.write(tokens) == StreamingStatus.CANCEL
+    assert "".join(streamer) == expected
 
 
 @pytest.fixture(params=["paged attention", "SDPA"])
