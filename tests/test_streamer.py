@@ -241,3 +241,18 @@ def test_a_streamer_that_was_never_written_to_ends(tokenizer):
     streamer = IterableStreamer(tokenizer)
     streamer.end()
     assert list(streamer) == []
+
+
+def test_an_error_is_raised_once_and_makes_the_library_stop(tokenizer, monkeypatch):
+    streamer = IterableStreamer(tokenizer)
+
+    def fail(tokens):
+        raise LookupError
+
+    monkeypatch.setattr(tokenizer, "decode", fail)
+    for _ in range(3):
+        assert streamer.write(1) == StreamingStatus.CANCEL
+    streamer.end()
+    with pytest.raises(LookupError):
+        next(streamer)
+    assert list(streamer) == []
