@@ -1,10 +1,13 @@
 import os
 import subprocess
 import sys
+import time
 
 import openvino_genai
 import pytest
 from families import MODELS, SCRIPT
+
+from multinomial_causal_lm import IterableStreamer
 
 # With it, the second run of a prompt computes a little differently, and may choose other tokens.
 NO_PREFIX_CACHING = openvino_genai.SchedulerConfig()
@@ -42,3 +45,24 @@ def load_pipe():
         return pipes[key]
 
     return load
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Count the tokens that streamers get."""
+    tokens = []
+    write = IterableStreamer.write
+
+    def counting_write(self, token, last=False):
+        tokens.extend([token] if isinstance(token, int) else token)
+        return write(self, token, last)
+
+    monkeypatch.setattr(IterableStreamer, "write", counting_write)
+    return tokens
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds  # The answers would take many minutes.
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

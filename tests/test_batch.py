@@ -16,7 +16,7 @@ import time
 import httpx
 import openvino_genai
 import pytest
-from conftest import PROPERTIES, posix
+from conftest import PROPERTIES, posix, wait_for
 from families import FAMILIES, GGUF, MODELS, PROMPTS, ROOT, SUN
 from recipes import ENDLESS, RECIPES, run, run_program, save
 
@@ -111,13 +111,6 @@ def test_what_is_refused_raises(batch):
 
     with pytest.raises(RuntimeError, match="top_p"):
         asyncio.run(refused())
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds  # The answers would take many minutes.
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_200_cancelled_at_random_leave_nothing_behind(batch):

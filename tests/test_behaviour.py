@@ -117,20 +117,6 @@ def config(pipe):
     return config
 
 
-@pytest.fixture
-def writes(monkeypatch):
-    """Count the calls of `write`."""
-    calls = []
-    write = IterableStreamer.write
-
-    def counting_write(self, token, last=False):
-        calls.append(token)
-        return write(self, token, last)
-
-    monkeypatch.setattr(IterableStreamer, "write", counting_write)
-    return calls
-
-
 def leave_by_break(chunks):
     for _ in chunks:
         break

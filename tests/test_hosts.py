@@ -18,13 +18,13 @@ import time
 
 import httpx
 import pytest
-from conftest import posix
+from conftest import posix, wait_for
 from families import FUNCTION, HELLO, MODELS, PROMPTS, ROOT, SCRIPT, SUN
 from recipes import ENDLESS, RECIPES, run, save
 
-HOSTS = ["ipykernel", "jupyter_client", "streamlit", "langchain_core", "llama_index.core", "gradio"]
+HOSTS = ["ipykernel", "jupyter_client", "streamlit", "langchain_core", "llama_index", "gradio"]
 for name in HOSTS:
-    if not importlib.util.find_spec(name.split(".")[0]):
+    if not importlib.util.find_spec(name):
         pytest.skip(
             f"{name} is not installed: pip install -r requirements.txt -r tests/requirements.txt "
             "-r tests/hosts-requirements.txt",
@@ -41,7 +41,7 @@ from streamlit.runtime.scriptrunner import StopException
 from streamlit.testing.v1 import AppTest
 
 import multinomial_causal_lm
-from multinomial_causal_lm import IterableStreamer, stream
+from multinomial_causal_lm import stream
 
 MODEL = MODELS / "tiny-llama"
 
@@ -52,20 +52,6 @@ def import_recipe(name: str, folder, changes=None):
         patch.syspath_prepend(folder)
         sys.modules.pop(name.removesuffix(".py"), None)
         return importlib.import_module(name.removesuffix(".py"))
-
-
-@pytest.fixture
-def writes(monkeypatch):
-    """Count the tokens that streamers get."""
-    tokens = []
-    write = IterableStreamer.write
-
-    def counting_write(self, token, last=False):
-        tokens.extend([token] if isinstance(token, int) else token)
-        return write(self, token, last)
-
-    monkeypatch.setattr(IterableStreamer, "write", counting_write)
-    return tokens
 
 
 def wait_for_end(writes: list[int]) -> None:
@@ -189,11 +175,7 @@ def test_run_in_a_notebook_answers_and_survives_an_interrupt(kernel, tmp_path):
 def test_a_kernel_with_an_unfinished_stream_shuts_down(kernel):
     assert kernel.run(IN_NOTEBOOK + "chunks = stream(pipe, 'Hi', endless); next(chunks)")[1] == ""
     kernel.client.shutdown()
-    for _ in range(300):
-        if not kernel.manager.is_alive():
-            return
-        time.sleep(0.1)
-    raise AssertionError("the kernel goes on")
+    wait_for(lambda: not kernel.manager.is_alive())
 
 
 # Streamlit, in its own test host.
@@ -215,7 +197,6 @@ def ask(app, prompt: str) -> list[str]:
 
 def test_streamlit_answers_and_remembers(app, monkeypatch):
     histories = []
-    history = app.session_state.messages
 
     def spy(pipe, prompt, config):
         histories.append(prompt.get_messages())
@@ -541,11 +522,8 @@ def test_stop_in_gradio_stops_the_generation(changed_page):
     )
 
     def wait_for_requests(count: int) -> None:
-        for _ in range(300):
-            if re.findall(r"requests (\d+)\n", page.log.read_text())[-1:] == [str(count)]:
-                return
-            time.sleep(0.1)
-        raise AssertionError(f"not {count} requests")
+        text = str(count)
+        wait_for(lambda: re.findall(r"requests (\d+)\n", page.log.read_text())[-1:] == [text])
 
     events = page.events("stop", "Hi", [])
     event = next(events)
