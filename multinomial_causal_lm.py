@@ -5,7 +5,9 @@ example: python multinomial_causal_lm.py TinyLlama-1.1B-Chat-v1.0 "Why is the Su
 """
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import queue
 import re
@@ -14,9 +16,11 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
-if __name__ == "__main__" and not (hasattr(sys, "ps1") or sys.flags.interactive):
+interactive = hasattr(sys, "ps1") or sys.flags.interactive
+ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # By `nohup`, for one.
+if __name__ == "__main__" and not interactive and not ignored:
     # Ctrl+C ends the process at once, also inside the library, where Python would not see it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Before the imports below, which are slow.
 
@@ -36,10 +40,10 @@ class IterableStreamer(openvino_genai.StreamerBase):
     def __init__(self, tokenizer: openvino_genai.Tokenizer) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        self._chunks = queue.SimpleQueue()
+        self._chunks: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         self.put = self._chunks.put  # Takes chunks, then None or an exception. May be replaced.
         self._lock = threading.RLock()  # `end` may come from any thread, garbage collection too.
-        self._ended = False
+        self.ended = False  # Then nothing is taken or yielded any more.
         self._due = 0.0  # When the next decode is, in seconds.
         self._tokens: list[int] = []  # What the next decode needs,
         self._yielded = 0  # how many characters of its text were yielded already,
@@ -47,27 +51,32 @@ class IterableStreamer(openvino_genai.StreamerBase):
         # Behind these, tokens decode as they do in the middle of a text, not as at its beginning.
         self._context = tokenizer.encode("a").input_ids.data[0].tolist()
 
-    __iter__ = Iterator.__iter__  # It is its own iterator.
+    def __iter__(self) -> Iterator[str]:
+        return self
 
     def __next__(self) -> str:
         """Return the next chunk, once there is one. Raise what went wrong in `write` or `end`."""
-        if isinstance(chunk := self._chunks.get(), str):
-            return chunk
-        self._chunks.put(None)  # The end stays the end, for every reader.
-        raise chunk or StopIteration
+        while True:  # Wait in slices: between them, Python sees interrupts that do not wake it.
+            with contextlib.suppress(queue.Empty):
+                if isinstance(chunk := self._chunks.get(timeout=0.1), str):
+                    return chunk
+                self._chunks.put(None)  # The end stays the end, for every reader.
+                raise chunk or StopIteration
 
-    def write(self, token: int | list[int], last: bool = False) -> StreamingStatus:
+    def write(  # pyright: ignore
+        self, token: int | list[int], last: bool = False
+    ) -> StreamingStatus:
         """Take the next tokens. The library calls it, on its thread; CANCEL makes it stop."""
         with self._lock:
             try:
                 self._tokens += [token] if isinstance(token, int) else token
                 due = last or 50 < len(self._tokens) < 64 or time.perf_counter() >= self._due
-                if due and not self._ended:
+                if due and not self.ended:
                     self._decode(last)
             except BaseException as error:  # noqa: BLE001 - if it left, the library would abort.
-                self._ended = True
+                self.ended = True
                 self.put(error)
-            return StreamingStatus.CANCEL if self._ended else StreamingStatus.RUNNING
+            return StreamingStatus.CANCEL if self.ended else StreamingStatus.RUNNING
 
     def end(self) -> None:
         """Yield the rest of the text, then end the iteration. Any thread may call it, any time."""
@@ -77,11 +86,11 @@ class IterableStreamer(openvino_genai.StreamerBase):
 
     def _decode(self, last: bool) -> None:
         last = last or not threading.main_thread().is_alive()  # A program that ends waits for us.
-        self._ended = self._ended or last
+        self.ended = self.ended or last
         text = self._tokenizer.decode(self._tokens)
         # A later token can complete a character, or remove a space: " n" + "'t" -> "n't".
-        changeable = re.search(r"(\ufffd{1,3}| (n'?|'[rv]?)?)?\Z", text)
-        end = len(text) if self._ended else changeable.start()
+        stable = text if self.ended else re.sub(r"(\ufffd{1,3}| (n'?|'[rv]?)?)\Z", "", text)
+        end = len(stable)
         if end > self._yielded:
             self.put(text[self._yielded : end])
             self._yielded = end
@@ -90,12 +99,13 @@ class IterableStreamer(openvino_genai.StreamerBase):
                     self._tokens = self._context + self._tokens[self._complete :]
                     self._yielded = len(self._tokenizer.decode(self._tokens))
                 self._complete = len(self._tokens)
-        if self._ended:
+        if self.ended:
             self.put(None)
         self._due = time.perf_counter() + 0.01 * bool(self._tokens)  # No token, no delay.
 
 
-TURNS = weakref.WeakKeyDictionary()  # The lock of each pipeline: it answers one prompt at a time.
+# The lock of each pipeline: it answers one prompt at a time.
+TURNS: weakref.WeakKeyDictionary[object, threading.Lock] = weakref.WeakKeyDictionary()
 openvino.Tensor(openvino.Type.i64, [1]).data  # noqa: B018 - two threads that use it first, freeze.
 
 
@@ -103,14 +113,15 @@ def stream(
     pipe: openvino_genai.LLMPipeline,
     prompt: str | openvino_genai.ChatHistory | openvino_genai.TokenizedInputs,
     config: openvino_genai.GenerationConfig,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Generate on another thread, and yield the text (`str`) in chunks as it comes.
 
     Any thread may call it: a pipeline answers its callers in turn. What `generate` or the tokenizer
     raises is raised here. Leaving the loop at a chunk stops the generation; if something else holds
     the generator, closing it does: `with contextlib.closing(stream(...)) as chunks:`.
     """
-    streamer, errors = IterableStreamer(pipe.get_tokenizer()), []
+    streamer = IterableStreamer(pipe.get_tokenizer())
+    errors: list[BaseException] = []
 
     def generate() -> None:
         try:
@@ -126,7 +137,8 @@ def stream(
     try:
         thread.start()  # An interrupt here must cancel, too: the thread may run already.
         yield from streamer
-        thread.join()  # The library calls `end` before it raises.
+        while thread.is_alive():  # The library calls `end` before it raises.
+            thread.join(0.1)
     finally:
         streamer.cancel()
     for error in errors:
@@ -157,7 +169,7 @@ def main() -> None:
         parser.error("the prompt must be text, in valid Unicode")
     if not sys.stdout:
         parser.error("stdout is closed")
-    if hasattr(sys.stdout, "reconfigure"):  # Not in a notebook.
+    if isinstance(sys.stdout, io.TextIOWrapper):  # Not in a notebook.
         sys.stdout.reconfigure(errors="replace")  # Print "?" for what the terminal cannot show.
     try:
         check(args.model_dir)

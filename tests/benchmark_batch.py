@@ -8,16 +8,14 @@ second come at once, and how many times sooner the first text of an answer comes
 """
 
 import asyncio
-import importlib
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import openvino_genai
 from families import MODELS, PROMPTS
-from recipes import save
+from recipes import import_recipe
 
 from multinomial_causal_lm import stream
 
@@ -53,9 +51,7 @@ async def at_once(batch, prompts: list[str], config) -> tuple[float, float]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), "batch.py")
-        sys.path.insert(0, folder)
-        batch = importlib.import_module("batch").Batch(MODELS / "tiny-llama")
+        batch = import_recipe("batch.py", Path(folder)).Batch(MODELS / "tiny-llama")
     pipe = openvino_genai.LLMPipeline(MODELS / "tiny-llama", "CPU")
     config = pipe.get_generation_config()
     config.min_new_tokens = config.max_new_tokens = TOKENS

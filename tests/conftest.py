@@ -1,8 +1,11 @@
 import os
 import subprocess
 import sys
+import threading
 import time
+import weakref
 
+import hypothesis
 import openvino_genai
 import pytest
 from families import MODELS, SCRIPT
@@ -18,6 +21,51 @@ PROPERTIES = {
     "SDPA": {"ATTENTION_BACKEND": "SDPA"},
     "prompt lookup": {"prompt_lookup": True, "scheduler_config": NO_PREFIX_CACHING},
 }
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="all examples and repetitions")
+
+
+def pytest_configure(config) -> None:
+    hypothesis.settings.register_profile("quick", max_examples=40)
+    hypothesis.settings.register_profile("thorough", max_examples=2000)
+    thorough = config.getoption("--thorough")
+    hypothesis.settings.load_profile("thorough" if thorough else "quick")
+    config.addinivalue_line("markers", "runs(quick, thorough): run it so many times, as `run`")
+
+
+def pytest_generate_tests(metafunc) -> None:
+    for mark in metafunc.definition.iter_markers("runs"):
+        count = mark.args[metafunc.config.getoption("--thorough")]
+        metafunc.parametrize("run", range(count))
+
+
+@pytest.fixture
+def choose(request):
+    """Return the first of two numbers, or the second in a thorough run."""
+    return lambda quick, thorough: thorough if request.config.getoption("--thorough") else quick
+
+
+@pytest.fixture(autouse=True)
+def no_generation_is_left_behind(monkeypatch):
+    """Also when the test has failed, and its traceback holds the generator of a stream."""
+    streamers = weakref.WeakSet()
+    make = IterableStreamer.__init__
+
+    def note_and_make(self, *arguments) -> None:
+        make(self, *arguments)
+        streamers.add(self)
+
+    monkeypatch.setattr(IterableStreamer, "__init__", note_and_make)
+    before = set(threading.enumerate())
+    yield
+    for streamer in [*streamers]:
+        streamer.cancel()
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.endswith("(generate)"):
+            thread.join(timeout=30)
+            assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -59,6 +107,15 @@ def writes(monkeypatch):
 
     monkeypatch.setattr(IterableStreamer, "write", counting_write)
     return tokens
+
+
+def make_config(pipe, tokens: int) -> openvino_genai.GenerationConfig:
+    """Return the settings of the model for so many tokens; from 1,000 on, also behind the end."""
+    of_batches = isinstance(pipe, openvino_genai.ContinuousBatchingPipeline)
+    config = pipe.get_config() if of_batches else pipe.get_generation_config()
+    config.max_new_tokens = tokens
+    config.ignore_eos = tokens >= 1000
+    return config
 
 
 def wait_for(condition, seconds: float = 30) -> None:

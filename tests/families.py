@@ -23,6 +23,11 @@ SUN = "Why is the Sun yellow?"
 FUNCTION = "Write a Python function that finds the even numbers in a list."
 HELLO = "Say hello in Chinese, Russian and emoji."
 PROMPTS = [SUN, FUNCTION, HELLO]
+MESSAGES = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": SUN},
+]
 
 CODE = SCRIPT.read_text(encoding="utf-8")
 PROSE = """The Sun isn't yellow , is it ? It 's white!  They 've "seen" it: 'white', said n

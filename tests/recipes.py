@@ -1,11 +1,13 @@
 """The programs in README.md: those whose first line is a comment with the name of their file."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from families import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,36 +18,56 @@ RECIPES = {
     if language == "python"
 }
 ENDLESS = {
-    "config.max_new_tokens = 500": "config.max_new_tokens = 1_000_000; config.ignore_eos = True"
+    r"config\.max_new_tokens = \d+": "config.max_new_tokens = 1_000_000; config.ignore_eos = True"
 }
 
 
+def change(source: str, changes: dict[str, str]) -> str:
+    """Change lines of a program, as its readers are told to do. Each key is a regex."""
+    for old, new in changes.items():
+        source, count = re.subn(old, lambda _, new=new: new, source)
+        assert count == 1, old
+    return source
+
+
 def save(folder: Path, *names: str, changes: dict[str, str] | None = None) -> dict[str, str]:
-    """Save recipes as a reader does, changed if so told; return an environment to run them in.
+    """Save recipes as a reader does; return an environment to run them in. Change the last one.
 
     They run in the folder of the repository, which has the script and the models that they load.
     """
     for name in names:
-        source = RECIPES[name]
-        for old, new in (changes or {}).items():
-            source = source.replace(old, new)
+        source = change(RECIPES[name], changes or {}) if name == names[-1] else RECIPES[name]
         (folder / name).write_text(source, encoding="utf-8")
     path = os.pathsep.join([str(folder), str(ROOT)])
     return os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
 
 
+def import_recipe(name: str, folder: Path, changes: dict[str, str] | None = None):
+    save(folder, name, changes=changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        sys.modules.pop(name.removesuffix(".py"), None)
+        return importlib.import_module(name.removesuffix(".py"))
+
+
 def run(folder: Path, name: str, changes: dict[str, str] | None = None) -> str:
     """Run a recipe as a program, and return what it prints."""
-    return run_program(folder / name, save(folder, name, changes=changes), check=True).stdout
+    environment = save(folder, name, changes=changes)
+    process = run_program(folder / name, environment=environment)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
-def run_program(path: Path, environment: dict, check=False) -> subprocess.CompletedProcess:
+def run_program(
+    *arguments: object, seconds: int = 100, environment: dict | None = None
+) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own, that may freeze, with these arguments."""
     return subprocess.run(
-        [sys.executable, str(path)],
+        [sys.executable, *map(str, arguments)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=100,
-        check=check,
+        timeout=seconds,
+        check=False,
     )

@@ -10,8 +10,9 @@ import threading
 import time
 
 import pytest
-from conftest import PROPERTIES, posix
-from families import HELLO, MODELS, ROOT, SCRIPT, SUN
+from conftest import PROPERTIES, make_config, posix
+from families import HELLO, MODELS, SCRIPT, SUN
+from recipes import ENDLESS, change, run_program
 
 from multinomial_causal_lm import IterableStreamer, stream
 
@@ -21,20 +22,12 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 @pytest.fixture
 def changed_script(tmp_path):
-    """Change lines of the script, as its readers are told to do."""
+    def make(changes: dict[str, str]):
+        source = change(SCRIPT.read_text(encoding="utf-8"), changes)
+        (tmp_path / "changed.py").write_text(source, encoding="utf-8")
+        return tmp_path / "changed.py"
 
-    def change(changes: dict[str, str], name: str = "changed.py"):
-        source = SCRIPT.read_text(encoding="utf-8")
-        for old, new in changes.items():
-            assert source.count(old) == 1
-            source = source.replace(old, new)
-        (tmp_path / name).write_text(source, encoding="utf-8")
-        return tmp_path / name
-
-    return change
-
-
-ENDLESS = {"max_new_tokens = 100 ": "max_new_tokens = 1_000_000; config.ignore_eos = True "}
+    return make
 
 
 @pytest.fixture
@@ -42,9 +35,22 @@ def endless_script(changed_script):
     return changed_script(ENDLESS)
 
 
-def start(script, *arguments, **options) -> subprocess.Popen:
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+@pytest.fixture
+def start():
+    """Start the script, or a shell that does; kill what still runs when the test ends."""
+    processes = []
+
+    def start(*command, **options) -> subprocess.Popen:
+        if command[0] != "sh":
+            command = [sys.executable, *command]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen([*map(str, command)], **(pipes | options)))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def interrupt(process) -> tuple[bytes, bytes]:
@@ -56,7 +62,7 @@ def interrupt(process) -> tuple[bytes, bytes]:
 
 
 @posix
-def test_control_c_while_it_generates(endless_script):
+def test_control_c_while_it_generates(start, endless_script):
     process = start(endless_script, MODEL, SUN)
     assert process.stdout.read(20)
     _, errors = interrupt(process)
@@ -64,7 +70,7 @@ def test_control_c_while_it_generates(endless_script):
 
 
 @posix
-def test_control_c_while_the_model_loads(tmp_path):
+def test_control_c_while_the_model_loads(start, tmp_path):
     model = shutil.copytree(MODEL, tmp_path / "model")
     (model / "openvino_model.bin").unlink()
     os.mkfifo(model / "openvino_model.bin")  # Whoever opens it waits for ever.
@@ -76,9 +82,9 @@ def test_control_c_while_the_model_loads(tmp_path):
 
 
 @posix
-def test_control_c_while_the_prompt_is_processed(changed_script):
-    loop = "for chunk in stream(pipe, args.prompt, config):"
-    marker = {loop: f"print('prompt', flush=True)\n        {loop}"}
+def test_control_c_while_the_prompt_is_processed(start, changed_script):
+    loop = "for chunk in stream("
+    marker = {re.escape(loop): f"print('prompt', flush=True)\n        {loop}"}
     process = start(changed_script(marker), MODEL, "Why? " * 20_000)
     assert process.stdout.read(7) == b"prompt\n"
     output, errors = interrupt(process)
@@ -87,13 +93,23 @@ def test_control_c_while_the_prompt_is_processed(changed_script):
 
 
 @posix
-def test_the_shell_sees_status_130(endless_script):
-    shell = ["sh", "-c", 'trap : INT; "$@"; echo "status $?"', "sh"]
-    command = [*shell, sys.executable, str(endless_script), str(MODEL), SUN]
-    process = subprocess.Popen(command, stdout=-1, stderr=-1, start_new_session=True)
+def test_the_shell_sees_status_130(start, endless_script):
+    shell = ["sh", "-c", 'trap : INT; "$@"; echo "status $?"', "sh", sys.executable]
+    process = start(*shell, endless_script, MODEL, SUN, start_new_session=True)
     assert process.stdout.read(5)
     os.killpg(process.pid, signal.SIGINT)  # To the shell and the script, as a terminal does.
     assert process.communicate(timeout=10)[0].endswith(b"status 130\n")
+
+
+@posix
+def test_control_c_that_was_ignored_stays_ignored(start, endless_script):
+    """As behind `nohup`, or "&" in a script of a shell: a Ctrl+C for another program."""
+    shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable]
+    process = start(*shell, endless_script, MODEL, SUN)
+    assert process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
 
 
 @posix
@@ -111,10 +127,7 @@ def pipe(request, load_pipe):
 
 @pytest.fixture
 def config(pipe):
-    config = pipe.get_generation_config()
-    config.max_new_tokens = 20_000
-    config.ignore_eos = True
-    return config
+    return make_config(pipe, 20_000)
 
 
 def leave_by_break(chunks):
@@ -230,20 +243,16 @@ def test_a_prompt_of_a_wrong_type_is_raised_where_the_chunks_are_read(pipe, conf
 def test_a_program_that_ends_with_an_unfinished_stream_ends_at_once(name):
     program = f"""if True:
         import sys, time
-        sys.path.insert(0, {str(ROOT)!r})
+        sys.path[:0] = ["", "tests"]
+        from conftest import make_config
         from multinomial_causal_lm import stream
         from openvino_genai import LLMPipeline
         pipe = LLMPipeline({str(MODEL)!r}, "CPU")
-        config = pipe.get_generation_config()
-        config.max_new_tokens = 1_000_000
-        config.ignore_eos = True
-        {name} = stream(pipe, "Hi", config)
+        {name} = stream(pipe, "Hi", make_config(pipe, 1_000_000))
         next({name})
         print(time.time())
     """
-    process = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+    process = run_program("-c", program)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     assert time.time() - float(process.stdout) < 10  # It would go on for many minutes.
@@ -361,36 +370,35 @@ def test_a_bad_prompt_is_explained_in_one_line(run_script, prompt):
     assert_one_clear_line(run_script(MODEL, *prompt), "prompt")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932", "utf-8"])
 @pytest.mark.parametrize("prompt", [HELLO, "你好，Привет 👋"])
-def test_text_that_stdout_cannot_show_is_replaced_and_no_other(changed_script, encoding, prompt):
-    script = changed_script({"time.time_ns()": "7"})
-    outputs = []
-    for name in "utf-8", encoding:
-        environment = os.environ | {"PYTHONIOENCODING": name}
-        process = start(script, MODEL, prompt, env=environment)
+def test_text_that_stdout_cannot_show_is_replaced_and_no_other(start, changed_script, prompt):
+    script = changed_script({r"time\.time_ns\(\)": "7"})
+    outputs = {}
+    for encoding in "utf-8", "ascii", "cp1252", "cp932":
+        process = start(script, MODEL, prompt, env=os.environ | {"PYTHONIOENCODING": encoding})
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-        outputs.append(output.replace(b"\r\n", b"\n"))
-    utf8, other = outputs
-    assert "\ufffd" not in utf8.decode("utf-8")
-    assert other == utf8.decode("utf-8").encode(encoding, errors="replace")
-    assert (b"?" in other) == (prompt == HELLO and encoding != "utf-8")
+        outputs[encoding] = output.replace(b"\r\n", b"\n")
+    text = outputs["utf-8"].decode("utf-8")
+    assert "\ufffd" not in text
+    for encoding, output in outputs.items():
+        assert output == text.encode(encoding, errors="replace")
+        assert (b"?" in output) == (prompt == HELLO and encoding != "utf-8")
 
 
 @posix
-def test_control_characters_are_shown_on_a_terminal_and_unchanged_in_a_pipe(changed_script):
+def test_control_characters_are_shown_on_a_terminal_and_unchanged_in_a_pipe(start, changed_script):
     import pty
 
     script = changed_script(
-        {"time.time_ns()": "7", "max_new_tokens = 100 ": "max_new_tokens = 400 "}
+        {r"time\.time_ns\(\)": "7", "max_new_tokens = 100": "max_new_tokens = 400"}
     )
     model = MODELS / "tiny-qwen"  # Its weights are random: it emits any character.
     piped = start(script, model, SUN).communicate(timeout=60)[0].decode("utf-8")
     assert "\x1b" in piped or len(CONTROL.findall(piped)) > 3
 
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, script, model, SUN], stdout=theirs, stderr=-1)
+    process = start(script, model, SUN, stdout=theirs)
     os.close(theirs)
     shown = b""
     with open(ours, "rb", buffering=0) as terminal:

@@ -5,7 +5,6 @@ They need an environment of their own: the README's section on development makes
 
 import ast
 import asyncio
-import importlib
 import importlib.util
 import itertools
 import json
@@ -20,7 +19,7 @@ import httpx
 import pytest
 from conftest import posix, wait_for
 from families import FUNCTION, HELLO, MODELS, PROMPTS, ROOT, SCRIPT, SUN
-from recipes import ENDLESS, RECIPES, run, save
+from recipes import ENDLESS, RECIPES, change, import_recipe, run, save
 
 HOSTS = ["ipykernel", "jupyter_client", "streamlit", "langchain_core", "llama_index", "gradio"]
 for name in HOSTS:
@@ -44,14 +43,7 @@ import multinomial_causal_lm
 from multinomial_causal_lm import stream
 
 MODEL = MODELS / "tiny-llama"
-
-
-def import_recipe(name: str, folder, changes=None):
-    save(folder, name, changes=changes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        sys.modules.pop(name.removesuffix(".py"), None)
-        return importlib.import_module(name.removesuffix(".py"))
+BROKEN = {r"config\.max_new_tokens = 500": "config.do_sample, config.top_p = True, 7.0"}
 
 
 def wait_for_end(writes: list[int]) -> None:
@@ -152,15 +144,12 @@ def test_50_interrupts_in_a_notebook_leave_the_pipeline_free(kernel):
         assert kernel.run("assert list(stream(pipe, 'Hi', short))")[1] == ""
 
 
-LONG = "max_new_tokens = 100 ", "max_new_tokens = 1_000_000; config.ignore_eos = True "
-
-
 def test_run_in_a_notebook_answers_and_survives_an_interrupt(kernel, tmp_path):
     messages, error = kernel.run(f"%run '{SCRIPT}' '{MODEL}' '{SUN}'")
     assert not error
     text = "".join(m["content"]["text"] for m in messages if m["msg_type"] == "stream")
     assert "yellow" in text
-    source = SCRIPT.read_text(encoding="utf-8").replace(*LONG)
+    source = change(SCRIPT.read_text(encoding="utf-8"), ENDLESS)
     (tmp_path / "endless.py").write_text(source, encoding="utf-8")
     request = kernel.start(f"%run '{tmp_path / 'endless.py'}' '{MODEL}' '{SUN}'")
     while "Loading" not in kernel.message(request)["content"].get("text", ""):
@@ -293,9 +282,7 @@ def test_langchain_gets_an_empty_answer_and_an_error(make_chat):
     assert chat.invoke(SUN, stop=["The Sun", " Sun"]).content == "The"
     nothing = make_chat({"for chunk in chunks": "for chunk in ()"})
     assert nothing.invoke(SUN).content == ""
-    broken = make_chat(
-        {"config.max_new_tokens = 500": "config.do_sample, config.top_p = True, 7.0"}
-    )
+    broken = make_chat(BROKEN)
     with pytest.raises(RuntimeError, match="top_p"):
         broken.invoke(SUN)
     with pytest.raises(RuntimeError, match="top_p"):
@@ -336,12 +323,12 @@ def make_llm(tmp_path, pipeline):
     return make
 
 
-MESSAGES = [ChatMessage(SUN, role="user")]
+CHAT = [ChatMessage(SUN, role="user")]
 
 
 def test_llamaindex_completes_and_chats(make_llm, greedy):
     llm = make_llm()
-    assert llm.complete(SUN).text == llm.chat(MESSAGES).message.content == greedy(SUN)
+    assert llm.complete(SUN).text == llm.chat(CHAT).message.content == greedy(SUN)
     for prompt in PROMPTS:
         *_, last = llm.stream_complete(prompt)
         deltas = [response.delta for response in llm.stream_complete(prompt)]
@@ -355,12 +342,12 @@ def test_llamaindex_completes_and_chats(make_llm, greedy):
 def test_llamaindex_stops_at_a_word_and_raises_errors(make_llm):
     llm = make_llm()
     assert llm.complete(SUN, stop=["Sun"]).text == "The"
-    assert llm.chat(MESSAGES, stop=["Sun"]).message.content == "The"
-    broken = make_llm({"config.max_new_tokens = 500": "config.do_sample, config.top_p = True, 7.0"})
+    assert llm.chat(CHAT, stop=["Sun"]).message.content == "The"
+    broken = make_llm(BROKEN)
     for call in (
         lambda: broken.complete(SUN),
-        lambda: broken.chat(MESSAGES),
-        lambda: list(broken.stream_chat(MESSAGES)),
+        lambda: broken.chat(CHAT),
+        lambda: list(broken.stream_chat(CHAT)),
     ):
         with pytest.raises(RuntimeError, match="top_p"):
             call()
@@ -368,7 +355,7 @@ def test_llamaindex_stops_at_a_word_and_raises_errors(make_llm):
 
 def test_leaving_the_stream_of_llamaindex_stops_the_generation(make_llm, writes, greedy):
     llm = make_llm(ENDLESS)
-    for response in llm.stream_chat(MESSAGES):
+    for response in llm.stream_chat(CHAT):
         break
     wait_for_end(writes)
     assert response.delta and len(writes) < 1000
@@ -379,7 +366,7 @@ def test_llamaindex_streams_ten_chats_in_an_event_loop(make_llm, greedy):
     llm = make_llm()
 
     async def answer() -> str:
-        return "".join([response.delta async for response in await llm.astream_chat(MESSAGES)])
+        return "".join([response.delta async for response in await llm.astream_chat(CHAT)])
 
     async def main() -> list[str]:
         return await asyncio.gather(*(answer() for _ in range(10)))
@@ -494,7 +481,7 @@ def changed_page(tmp_path):
 def test_gradio_gives_the_history_to_the_model_and_shows_errors(changed_page):
     page = changed_page(
         {
-            "config.max_new_tokens = 500": "print('messages', messages)\n"
+            r"config\.max_new_tokens = 500": "print('messages', messages)\n"
             "    config.do_sample, config.top_p = message == 'fail', 7.0"
         }
     )
@@ -514,7 +501,7 @@ def test_stop_in_gradio_stops_the_generation(changed_page):
     page = changed_page(
         ENDLESS
         | {
-            "chat.launch": "import threading, time\n"
+            r"chat\.launch": "import threading, time\n"
             "def watch():\n    while True:\n        time.sleep(0.1)\n"
             "        print('requests', batch.pipe.get_metrics().requests)\n"
             "threading.Thread(target=watch, daemon=True).start()\nchat.launch"

