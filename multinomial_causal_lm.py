@@ -34,7 +34,6 @@ class IterableStreamer(openvino_genai.StreamerBase):
 
     Iterate over it on another thread. The chunks add up to `tokenizer.decode(all tokens)`, exactly.
     What no later token can change is there when `write` returns, or 10 ms later if tokens are fast.
-    A decode takes at most 64 tokens of text (more only if they come at once, or are garbage).
     """
 
     def __init__(self, tokenizer: openvino_genai.Tokenizer) -> None:
@@ -43,13 +42,11 @@ class IterableStreamer(openvino_genai.StreamerBase):
         self._chunks: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         self.put = self._chunks.put  # Takes chunks, then None or an exception. May be replaced.
         self._lock = threading.RLock()  # `end` may come from any thread, garbage collection too.
-        self.ended = False  # Then nothing is taken or yielded any more.
+        self._last = self.ended = False  # Whether no more tokens come; no more text.
         self._due = 0.0  # When the next decode is, in seconds.
-        self._tokens: list[int] = []  # What the next decode needs,
-        self._yielded = 0  # how many characters of its text were yielded already,
-        self._complete = 0  # and how many tokens there were when that was last all of the text.
-        # Behind these, tokens decode as they do in the middle of a text, not as at its beginning.
-        self._context = tokenizer.encode("a").input_ids.data[0].tolist()
+        self._tokens: list[int] = []  # What it needs: the newest, and those before, for context.
+        self._shown = self._yielded = 0  # Tokens whose text was yielded; characters, if more were.
+        self._before = tokenizer.encode("a").input_ids.data[0].tolist()  # So that none is first.
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -63,45 +60,47 @@ class IterableStreamer(openvino_genai.StreamerBase):
                 self._chunks.put(None)  # The end stays the end, for every reader.
                 raise chunk or StopIteration
 
-    def write(  # pyright: ignore
-        self, token: int | list[int], last: bool = False
-    ) -> StreamingStatus:
+    def write(self, token: int | list[int]) -> StreamingStatus:  # pyright: ignore
         """Take the next tokens. The library calls it, on its thread; CANCEL makes it stop."""
+        try:
+            if due := self.add([token] if isinstance(token, int) else token):
+                self.show(*self._tokenizer.decode(due))
+        except BaseException as error:  # noqa: BLE001 - if it left, the library would abort.
+            self.ended = True
+            self.put(error)
+        return StreamingStatus.CANCEL if self.ended else StreamingStatus.RUNNING
+
+    def add(self, tokens: list[int]) -> list[list[int]]:
+        """Do half of `write`: return two lists of tokens to decode now, for `show`, or nothing."""
+        self._tokens += tokens
+        self._last = self._last or not threading.main_thread().is_alive()  # It waits for us.
+        due = self._last or 50 < len(self._tokens) < 64 or time.perf_counter() >= self._due
+        return [self._tokens[: self._shown], self._tokens] if due and not self.ended else []
+
+    def show(self, shown: str, text: str) -> None:
+        """Do the other half, with the two texts: yield what no later token can change."""
         with self._lock:
-            try:
-                self._tokens += [token] if isinstance(token, int) else token
-                due = last or 50 < len(self._tokens) < 64 or time.perf_counter() >= self._due
-                if due and not self.ended:
-                    self._decode(last)
-            except BaseException as error:  # noqa: BLE001 - if it left, the library would abort.
-                self.ended = True
-                self.put(error)
-            return StreamingStatus.CANCEL if self.ended else StreamingStatus.RUNNING
+            if self.ended:
+                return
+            self._yielded, self.ended = max(self._yielded, len(shown)), self._last
+            # A later token can complete a character, or remove a space: " n" + "'t" -> "n't".
+            stable = text if self.ended else re.sub(r"(\ufffd{1,3}| (n'?|'[rv]?)?)\Z", "", text)
+            if len(stable) > self._yielded:
+                self.put(stable[self._yielded :])
+                self._yielded = len(stable)
+                if stable == text:  # The newest tokens stay: half a character may hide in them.
+                    self._tokens = self._before + self._tokens[self._shown :]
+                    self._yielded, self._shown = 0, len(self._tokens)
+            if self.ended:
+                self.put(None)
+            self._due = time.perf_counter() + 0.01 * bool(self._tokens)  # No token, no delay.
 
     def end(self) -> None:
         """Yield the rest of the text, then end the iteration. Any thread may call it, any time."""
-        IterableStreamer.write(self, [], last=True)  # Not a `write` that replaces it.
+        self._last = True
+        IterableStreamer.write(self, [])  # Not a `write` that replaces it.
 
     cancel = end  # A generation that still runs stops at its next token.
-
-    def _decode(self, last: bool) -> None:
-        last = last or not threading.main_thread().is_alive()  # A program that ends waits for us.
-        self.ended = self.ended or last
-        text = self._tokenizer.decode(self._tokens)
-        # A later token can complete a character, or remove a space: " n" + "'t" -> "n't".
-        stable = text if self.ended else re.sub(r"(\ufffd{1,3}| (n'?|'[rv]?)?)\Z", "", text)
-        end = len(stable)
-        if end > self._yielded:
-            self.put(text[self._yielded : end])
-            self._yielded = end
-            if end == len(text):
-                if self._complete > 24:  # Newer tokens stay: half a character may hide in them.
-                    self._tokens = self._context + self._tokens[self._complete :]
-                    self._yielded = len(self._tokenizer.decode(self._tokens))
-                self._complete = len(self._tokens)
-        if self.ended:
-            self.put(None)
-        self._due = time.perf_counter() + 0.01 * bool(self._tokens)  # No token, no delay.
 
 
 # The lock of each pipeline: it answers one prompt at a time.

@@ -79,7 +79,8 @@ class Tokenizer:
         return self.tokenizer.encode(text, **options)
 
     def decode(self, tokens):
-        self.lengths.append(len(tokens))
+        nested = any(isinstance(token, list) for token in tokens)
+        self.lengths.append(max(map(len, tokens)) if nested else len(tokens))
         return self.tokenizer.decode(tokens)
 
     def tokens(self, text: str) -> list[int]:

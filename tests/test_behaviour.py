@@ -188,10 +188,10 @@ class BrokenTokenizer:
         self.decodes -= 1
         if self.decodes < 0:
             raise LookupError("broken")
-        text = self.tokenizer.decode(tokens)
-        if not text.startswith("a"):  # The beginning of the answer is not forgotten yet.
-            self.text = text
-        return text
+        texts = self.tokenizer.decode(tokens)
+        if not texts[1].startswith("a"):  # The beginning of the answer is not forgotten yet.
+            self.text = texts[1]
+        return texts
 
 
 class BrokenPipeline:

@@ -76,6 +76,32 @@ def test_any_tokens_in_any_parts_come_out_as_decode_says(tokenizer, clock):
     check()
 
 
+def test_many_streamers_that_are_decoded_together_come_out_as_decode_says(tokenizer, clock):
+    """Through the two halves of `write`, as a program for many users does it."""
+
+    @settings(deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        texts=st.lists(sequences(tokenizer.pools()), min_size=2, max_size=8),
+        interval=st.sampled_from([SLOW, FAST]),
+    )
+    def check(texts, interval):
+        streamers = [IterableStreamer(tokenizer) for _ in texts]
+        for step in itertools.zip_longest(*texts):
+            clock.now += interval
+            due = {}
+            for streamer, token in zip(streamers, step, strict=True):
+                if token is not None and (pair := streamer.add([token])):
+                    due[streamer] = pair
+            decoded = tokenizer.tokenizer.decode([each for pair in due.values() for each in pair])
+            for streamer, shown, text in zip(due, decoded[::2], decoded[1::2], strict=True):
+                streamer.show(shown, text)
+        for streamer, tokens in zip(streamers, texts, strict=True):
+            streamer.end()
+            assert "".join(streamer) == tokenizer.decode(tokens)
+
+    check()
+
+
 @pytest.mark.parametrize("text", [*TEXTS.values(), "\ufffd, a \ufffd of the model's own\ufffd"])
 @pytest.mark.parametrize("interval", [SLOW, FAST])
 def test_real_text_comes_out_as_decode_says(tokenizer, clock, text, interval):
