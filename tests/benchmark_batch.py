@@ -1,12 +1,16 @@
 """Compare answers at once with answers one by one, in one run on one machine:
 
-    python tests/benchmark_batch.py
+    python tests/benchmark_batch.py [model_dir [prompts ...]]
 
 At once by `batch.py` of README.md, one by one by `stream`. The prompts come at the same time, and
-the shipped model writes 100 tokens to each. All numbers are ratios: how many times more tokens a
-second come at once, and how many times sooner the first text of an answer comes, on average.
+the model writes 100 tokens to each. All numbers are ratios: how many times more tokens a second
+come at once, and how many times sooner the first text of an answer comes, on average.
+
+What text costs, in the last two columns, is the time as a ratio to the same steps of the library
+without any text: on this machine, and as if a device did each step in 20 ms (the rest is slept).
 """
 
+import argparse
 import asyncio
 import statistics
 import tempfile
@@ -19,7 +23,22 @@ from recipes import import_recipe
 
 from multinomial_causal_lm import stream
 
-ROUNDS, TOKENS = 5, 100
+ROUNDS, TOKENS, DEVICE = 3, 100, 0.02
+
+
+class Device:
+    """A pipeline whose steps take 20 ms."""
+
+    def __init__(self, *arguments) -> None:
+        self.pipe = openvino_genai.ContinuousBatchingPipeline(*arguments)
+
+    def __getattr__(self, name):
+        return getattr(self.pipe, name)
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        self.pipe.step()
+        time.sleep(max(0, DEVICE - (time.perf_counter() - start)))
 
 
 def one_by_one(pipe, prompts: list[str], config) -> tuple[float, float]:
@@ -49,23 +68,53 @@ async def at_once(batch, prompts: list[str], config) -> tuple[float, float]:
     return time.perf_counter() - start, statistics.mean(firsts)
 
 
+def without_text(pipe, prompts: list[str], config) -> float:
+    """Return the seconds of the same steps, with nothing between them."""
+    tokenizer, start, handles = pipe.get_tokenizer(), time.perf_counter(), []
+    for number, prompt in enumerate(prompts):
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        tokens = tokenizer.encode(text, add_special_tokens=False).input_ids
+        handles.append(pipe.add_request(number, tokens, config))
+    while pipe.has_non_finished_requests():
+        pipe.step()
+    return time.perf_counter() - start
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare answers at once with one by one.")
+    parser.add_argument("model_dir", nargs="?", default=str(MODELS / "tiny-llama"))
+    parser.add_argument("prompts", nargs="*", type=int, default=[1, 4, 16, 64, 200])
+    arguments = parser.parse_args()
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.cache_size = 1
+    own = arguments.model_dir, scheduler, "CPU"
     with tempfile.TemporaryDirectory() as folder:
-        batch = import_recipe("batch.py", Path(folder)).Batch(MODELS / "tiny-llama")
-    pipe = openvino_genai.LLMPipeline(MODELS / "tiny-llama", "CPU")
+        module = import_recipe("batch.py", Path(folder))
+    here = module.Batch(arguments.model_dir), module.ContinuousBatchingPipeline(*own)
+    module.ContinuousBatchingPipeline = Device
+    there = module.Batch(arguments.model_dir), Device(*own)
+    pipe = openvino_genai.LLMPipeline(arguments.model_dir, "CPU")
     config = pipe.get_generation_config()
     config.min_new_tokens = config.max_new_tokens = TOKENS
-    print("| prompts | tokens a second | first text |")
-    print("| --- | --- | --- |")
-    for count in 1, 4, 16, 64:
+    print("| prompts at once | tokens a second | first text | text costs | on a device of 20 ms |")
+    print("| --- | --- | --- | --- | --- |")
+    for count in arguments.prompts:
         prompts = [f"{PROMPTS[number % 3]} {number}" for number in range(count)]
         ratios = []
         for _ in range(ROUNDS):
             slow = one_by_one(pipe, prompts, config)
-            fast = asyncio.run(at_once(batch, prompts, config))
+            fast = asyncio.run(at_once(here[0], prompts, config))
             ratios.append([mine / other for mine, other in zip(slow, fast, strict=True)])
-        speed, first = map(statistics.median, zip(*ratios, strict=True))
-        print(f"| {count} | {speed:.1f} times as many | {first:.1f} times as soon |", flush=True)
+            for batch, bare in here, there:
+                floor = without_text(bare, prompts, config)
+                ratios[-1].append(asyncio.run(at_once(batch, prompts, config))[0] / floor)
+        speed, first, cost, device = map(statistics.median, zip(*ratios, strict=True))
+        print(
+            f"| {count} | {speed:.1f} times as many | {first:.1f} times sooner |"
+            f" {cost:.2f} | {device:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

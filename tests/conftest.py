@@ -101,9 +101,9 @@ def writes(monkeypatch):
     tokens = []
     write = IterableStreamer.write
 
-    def counting_write(self, token, last=False):
+    def counting_write(self, token):
         tokens.extend([token] if isinstance(token, int) else token)
-        return write(self, token, last)
+        return write(self, token)
 
     monkeypatch.setattr(IterableStreamer, "write", counting_write)
     return tokens
