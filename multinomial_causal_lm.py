@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 interactive = hasattr(sys, "ps1") or sys.flags.interactive
 ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # By `nohup`, for one.
@@ -26,23 +26,23 @@ if __name__ == "__main__" and not interactive and not ignored:
 
 import openvino
 import openvino_genai
-from openvino_genai import StreamingStatus
+from openvino_genai import StreamingStatus, Tokenizer
 
 
 class IterableStreamer(openvino_genai.StreamerBase):
     """Turns the tokens of one `pipe.generate(prompt, config, streamer)` into chunks of text, `str`.
 
-    Iterate over it on another thread. The chunks add up to `tokenizer.decode(all tokens)`, exactly.
-    What no later token can change is there when `write` returns, or 10 ms later if tokens are fast.
+    Iterate over it on another thread. The chunks add up to `tokenizer.decode(all tokens)`, exactly,
+    but end before a stop string. What no later token can change is there within 10 ms.
     """
 
-    def __init__(self, tokenizer: openvino_genai.Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Iterable[str] = ()) -> None:
         super().__init__()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._stop_strings = tokenizer, tuple(filter(None, stop_strings))
         self._chunks: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         self.put = self._chunks.put  # Takes chunks, then None or an exception. May be replaced.
         self._lock = threading.RLock()  # `end` may come from any thread, garbage collection too.
-        self._last = self.ended = False  # Whether no more tokens come; no more text.
+        self._last, self.ended = False, ""  # No more tokens come; why no text: end, stop, error.
         self._due = 0.0  # When the next decode is, in seconds.
         self._tokens: list[int] = []  # What it needs: the newest, and those before, for context.
         self._shown = self._yielded = 0  # Tokens whose text was yielded; characters, if more were.
@@ -66,7 +66,7 @@ class IterableStreamer(openvino_genai.StreamerBase):
             if due := self.add([token] if isinstance(token, int) else token):
                 self.show(*self._tokenizer.decode(due))
         except BaseException as error:  # noqa: BLE001 - if it left, the library would abort.
-            self.ended = True
+            self.ended = "error"
             self.put(error)
         return StreamingStatus.CANCEL if self.ended else StreamingStatus.RUNNING
 
@@ -82,13 +82,19 @@ class IterableStreamer(openvino_genai.StreamerBase):
         with self._lock:
             if self.ended:
                 return
-            self._yielded, self.ended = max(self._yielded, len(shown)), self._last
+            self._yielded, self.ended = max(self._yielded, len(shown)), "end" if self._last else ""
             # A later token can complete a character, or remove a space: " n" + "'t" -> "n't".
             stable = text if self.ended else re.sub(r"(\ufffd{1,3}| (n'?|'[rv]?)?)\Z", "", text)
-            if len(stable) > self._yielded:
-                self.put(stable[self._yielded :])
-                self._yielded = len(stable)
-                if stable == text:  # The newest tokens stay: half a character may hide in them.
+            end = len(stable)
+            for stop in self._stop_strings:  # One that has begun waits for its rest.
+                starts = range(self._yielded, len(stable) + (1 - len(stop)) * bool(self.ended))
+                begun = (n for n in starts if stop.startswith(stable[n : n + len(stop)]))
+                end = min(end, next(begun, end))
+            self.ended = "stop" if stable.startswith(self._stop_strings, end) else self.ended
+            if end > self._yielded:
+                self.put(stable[self._yielded : end])
+                self._yielded = end
+                if end == len(text):  # The newest tokens stay: half a character may hide in them.
                     self._tokens = self._before + self._tokens[self._shown :]
                     self._yielded, self._shown = 0, len(self._tokens)
             if self.ended:
@@ -119,14 +125,15 @@ def stream(
     raises is raised here. Leaving the loop at a chunk stops the generation; if something else holds
     the generator, closing it does: `with contextlib.closing(stream(...)) as chunks:`.
     """
-    streamer = IterableStreamer(pipe.get_tokenizer())
+    streamer = IterableStreamer(pipe.get_tokenizer(), config.stop_strings)
     errors: list[BaseException] = []
 
     def generate() -> None:
         try:
             with TURNS.setdefault(pipe, threading.Lock()):
                 if streamer.write([]) == StreamingStatus.RUNNING:  # The caller has not left yet.
-                    pipe.generate(prompt, config, streamer)
+                    # The library's own search for stop strings misses those that come in parts.
+                    pipe.generate(prompt, config, streamer, stop_strings=set())
         except BaseException as error:  # noqa: BLE001 - raised again on the thread that reads.
             errors.append(error)
         finally:

@@ -355,8 +355,8 @@ def test_what_a_decode_raises_reaches_those_whose_tokens_caused_it(batch, module
     """Here, those of one reader. The others get their whole texts."""
 
     class Fragile(module.AsyncStreamer):
-        def __init__(self, tokenizer, sent):
-            super().__init__(tokenizer, sent)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             streamers.append(self)
 
         def add(self, tokens):
@@ -374,6 +374,26 @@ def test_what_a_decode_raises_reaches_those_whose_tokens_caused_it(batch, module
 
     assert all("yellow" in text for text in asyncio.run(asyncio.wait_for(main(), timeout=60)))
     wait_for(lambda: batch.pipe.get_metrics().requests == 0)
+
+
+def test_stop_strings_end_an_answer_also_in_parts(batch, load_pipe):
+    full = asyncio.run(answer(batch, SUN))
+    stops = [full[start : start + length] for start in range(len(full) - 8) for length in (1, 5, 8)]
+
+    async def stopped(stop: str) -> str:
+        config = make_config(batch.pipe, 40)
+        config.stop_strings = {stop, "never"}
+        text = "".join([chunk async for chunk in batch.stream(SUN, config)])
+        assert config.stop_strings == {stop, "never"}
+        return text
+
+    async def all_stopped() -> list[str]:
+        return await asyncio.gather(*map(stopped, stops))
+
+    texts = asyncio.run(asyncio.wait_for(all_stopped(), timeout=100))
+    right = [text == full[: full.index(stop)] for text, stop in zip(texts, stops, strict=True)]
+    assert sum(right) >= len(stops) * 0.9  # Batches round differently.
+    assert not [stop for text, stop in zip(texts, stops, strict=True) if stop in text]
 
 
 def test_500_prompts_at_once_are_all_answered(batch):

@@ -41,6 +41,24 @@ def test_the_chunks_add_up_to_what_generate_returns(pipe, config, run):
     assert "".join(stream(pipe, prompt, config)) == pipe.generate(prompt, config)
 
 
+STOPS = [["Sun"], [":"], ["return"], ["Emoji:"], ["yellow"], ["The"], ["ello"], ["The Sun ", "Sun"]]
+
+
+@pytest.mark.parametrize("backend", ["paged attention", "SDPA"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_text_ends_before_the_first_stop_string(load_pipe, choose, backend, prompt):
+    """Of realistic ones, and of one at each place of the answer."""
+    pipe = load_pipe("tiny-llama", **PROPERTIES[backend])
+    full = pipe.generate(prompt, make_config(pipe, 60))
+    places = range(0, len(full) - 8, choose(20, 1))
+    for stops in STOPS + [[full[place : place + 1 + place % 8]] for place in places]:
+        config = make_config(pipe, 60)
+        config.stop_strings = set(stops)
+        ends = [full.index(stop) for stop in stops if stop in full]
+        assert "".join(stream(pipe, prompt, config)) == full[: min([len(full), *ends])]
+        assert config.stop_strings == set(stops)
+
+
 def test_a_model_without_a_template_gets_the_one_of_the_readme(tmp_path, load_pipe):
     """With it, and with two tokens that end an answer, as first-generation Qwen needs them."""
     (template,) = (block for language, block in BLOCKS if language == "jinja")

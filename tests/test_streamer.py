@@ -76,6 +76,47 @@ def test_any_tokens_in_any_parts_come_out_as_decode_says(tokenizer, clock):
     check()
 
 
+def cut(text: str, stops: list[str]) -> str:
+    return text[: min([len(text), *(text.index(stop) for stop in stops if stop in text)])]
+
+
+def test_any_tokens_with_stop_strings_come_out_as_decode_says_before_the_first(tokenizer, clock):
+    """Stop strings from the text itself, in parts, and others that it only begins."""
+
+    @settings(deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        tokens=sequences(tokenizer.pools()),
+        places=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 12)), min_size=1, max_size=3),
+        others=st.lists(st.sampled_from(["", "zzz", " n't!", "  ", "\ufffd\ufffd"]), max_size=2),
+        interval=st.sampled_from([SLOW, FAST]),
+    )
+    def check(tokens, places, others, interval):
+        text = tokenizer.decode(tokens)
+        starts = [(int(place * len(text)), length) for place, length in places]
+        stops = [text[start : start + length] for start, length in starts] + others
+        stops += [stop + "\u2603" for stop in stops]
+        streamer = IterableStreamer(tokenizer, stops)
+        for token in tokens:
+            clock.now += interval
+            streamer.write(token)
+        streamer.end()
+        assert "".join(streamer) == cut(text, list(filter(None, stops)))
+
+    check()
+
+
+def test_a_stop_string_makes_the_library_stop_when_it_is_whole(tokenizer, clock):
+    tokens = tokenizer.tokens("The Sun is yellow, and so on")
+    text = tokenizer.decode(tokens)
+    streamer = IterableStreamer(tokenizer, ["yellow"])
+    for count, token in enumerate(tokens, start=1):
+        clock.now += SLOW
+        status = streamer.write(token)
+        whole = "yellow" in tokenizer.decode(tokens[:count])
+        assert (status == StreamingStatus.CANCEL) == whole
+    assert "".join(streamer) == text[: text.index("yellow")]
+
+
 def test_many_streamers_that_are_decoded_together_come_out_as_decode_says(tokenizer, clock):
     """Through the two halves of `write`, as a program for many users does it."""
 
