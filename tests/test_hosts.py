@@ -397,14 +397,21 @@ class Page:
                 stdout=log,
                 stderr=log,
             )
-        for _ in range(600):
-            if found := re.search(r"http://127.0.0.1:\d+", self.log.read_text(encoding="utf-8")):
-                break
-            assert self.process.poll() is None
-            time.sleep(0.1)
-        self.url = f"{found[0]}/gradio_api/queue"
-        dependencies = httpx.get(f"{found[0]}/config").json()["dependencies"]
+        try:
+            self.connect()
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def connect(self) -> None:
+        wait_for(lambda: self.process.poll() is not None or self.address(), seconds=60)
+        address = self.address()[0]
+        self.url = f"{address}/gradio_api/queue"
+        dependencies = httpx.get(f"{address}/config").json()["dependencies"]
         self.functions = {call["api_name"]: call["id"] for call in dependencies}
+
+    def address(self):
+        return re.search(r"http://127.0.0.1:\d+", self.log.read_text(encoding="utf-8"))
 
     def events(self, session: str, message: str, history: list):
         """Yield what the page gets. It sends the message first, and then asks for the answer."""
