@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
@@ -18,7 +19,7 @@ import openvino_genai
 import pytest
 from conftest import PROPERTIES, make_config, posix, wait_for
 from families import FAMILIES, GGUF, MESSAGES, MODELS, PROMPTS, ROOT, SUN
-from recipes import ENDLESS, RECIPES, import_recipe, run, run_program, save
+from recipes import RECIPES, import_recipe, run, run_program, save
 
 from multinomial_causal_lm import stream
 
@@ -60,8 +61,8 @@ def test_the_program_answers_three_prompts(tmp_path):
     assert "yellow" in output and len(output.splitlines()) >= 3
 
 
-def test_the_program_has_at_most_105_lines():
-    assert len([line for line in RECIPES["batch.py"].splitlines() if line]) <= 105
+def test_the_program_has_at_most_120_lines():
+    assert len([line for line in RECIPES["batch.py"].splitlines() if line]) <= 120
 
 
 @pytest.mark.parametrize("name", FAMILIES + GGUF)
@@ -436,8 +437,9 @@ asyncio.run(main())
 class Server:
     """`serve.py` in uvicorn, with the number of requests that run at `/requests`."""
 
-    def __init__(self, folder, changes=None) -> None:
-        environment = save(folder, "batch.py", "serve.py", changes=changes)
+    def __init__(self, folder, changes=None, changes_of_batch=None) -> None:
+        environment = save(folder, "batch.py", changes=changes_of_batch)
+        save(folder, "serve.py", changes=changes)
         (folder / "probe.py").write_text(
             "from serve import app, batch\n"
             "app.get('/requests')(lambda: batch.pipe.get_metrics().requests)\n",
@@ -462,7 +464,7 @@ class Server:
     def is_up(self) -> bool:
         assert self.process.poll() is None
         try:
-            return httpx.get(f"{self.url}/requests").status_code == 200
+            return httpx.get(f"{self.url}/requests").status_code in (200, 401)
         except httpx.TransportError:
             return False
 
@@ -487,9 +489,16 @@ def server(tmp_path_factory):
         yield server
 
 
+def serve_with(settings: str) -> dict[str, str]:
+    call = "config.update_generation_config("
+    return {re.escape(f"{call}**settings)"): f"{call}**settings | {settings})"}
+
+
 @pytest.fixture
 def endless_server(tmp_path):
-    with Server(tmp_path, ENDLESS) as server:
+    with Server(
+        tmp_path, serve_with("{'max_new_tokens': 1_000_000, 'ignore_eos': True}")
+    ) as server:
         yield server
 
 
@@ -497,30 +506,174 @@ def client() -> httpx.AsyncClient:
     return httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=60)
 
 
-async def read(client, url: str, prompt: str) -> tuple[str, float]:
+def question(prompt: str, **more) -> dict:
+    return {"messages": [{"role": "user", "content": prompt}], **more}
+
+
+def ask(server, body: dict | bytes, **options) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    url = f"{server.url}/v1/chat/completions"
+    return httpx.post(url, content=content, timeout=60, **options)
+
+
+def events_of(response: httpx.Response) -> list[dict]:
+    *lines, done = [line for line in response.text.splitlines() if line]
+    assert done == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+async def read(client, server, prompt: str) -> tuple[str, float]:
     """Return the text, and when its first part came."""
-    text, first = "", 0.0
-    async with client.stream("GET", url, params={"prompt": prompt}) as response:
+    text, first, body = "", 0.0, question(prompt, stream=True)
+    url = f"{server.url}/v1/chat/completions"
+    async with client.stream("POST", url, json=body) as response:
         assert response.status_code == 200
-        assert response.headers["content-type"].startswith("text/plain")
-        async for part in response.aiter_text():
-            first = first or time.monotonic()
-            text += part
+        assert response.headers["content-type"].startswith("text/event-stream")
+        async for line in response.aiter_lines():
+            if line and line != "data: [DONE]":
+                delta = json.loads(line.removeprefix("data: "))["choices"][0]["delta"]
+                text += delta.get("content", "")
+                first = first or (time.monotonic() if text else 0)
     return text, first
 
 
-def test_100_clients_at_once_get_their_whole_texts_and_do_not_wait_in_line(tmp_path, choose):
-    long = "config.max_new_tokens = config.min_new_tokens = 100"
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_an_answer_is_that_of_stream_whole_and_in_events(server, load_pipe, prompt):
+    pipe = load_pipe("tiny-llama", **PROPERTIES["paged attention"])
+    for tokens, reason in (5, "length"), (400, "stop"):
+        expected = "".join(stream(pipe, prompt, make_config(pipe, tokens)))
+        body = question(prompt, max_tokens=tokens, temperature=0)
+        whole = ask(server, body).json()
+        (choice,) = whole["choices"]
+        assert choice["message"] == {"role": "assistant", "content": expected}
+        assert choice["finish_reason"] == reason
+        usage = whole["usage"]
+        assert usage["completion_tokens"] == tokens or reason == "stop"
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *events, last = events_of(ask(server, body | options))
+        assert last["usage"] == usage and not last["choices"]
+        choices = [event["choices"][0] for event in events]
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == expected
+        assert [choice["finish_reason"] for choice in choices[-2:]] == [None, reason]
+        assert len({event["id"] for event in [*events, last]}) == 1
 
+
+def test_a_stop_string_ends_an_answer_and_is_its_reason(server):
+    for stop in "yellow", ["zzz", "Sun"], ["The"]:
+        for streamed in False, True:
+            response = ask(server, question(SUN, stop=stop, stream=streamed, temperature=0))
+            if streamed:
+                choices = [event["choices"][0] for event in events_of(response)]
+                text = "".join(choice["delta"].get("content", "") for choice in choices)
+            else:
+                choices = response.json()["choices"]
+                text = choices[0]["message"]["content"]
+            assert choices[-1]["finish_reason"] == "stop"
+            assert text in ("The Sun looks ", "The ", "")
+
+
+def test_settings_reach_the_model(server):
+    def text(**settings) -> str:
+        body = question(SUN, max_tokens=40, **settings)
+        return ask(server, body).json()["choices"][0]["message"]["content"]
+
+    assert text(temperature=0) == text() == text(temperature=None)  # As the model says.
+    assert len({text(temperature=1.5) for _ in range(5)}) > 1
+    sampled = text(temperature=1.5, seed=7)
+    assert sampled == text(temperature=1.5, seed=7, frequency_penalty=0)
+    assert sampled != text(temperature=1.5, seed=7, frequency_penalty=2, presence_penalty=2)
+    assert sampled != text(temperature=1.5, seed=7, top_p=0.01)
+    parts = [{"type": "text", "text": SUN[:9]}, {"type": "text", "text": SUN[9:]}]
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 40, "unknown": 1}
+    assert ask(server, body).json()["choices"][0]["message"]["content"] == text()
+
+
+def test_the_model_is_listed(server):
+    (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+    assert model["id"] == "tiny-llama" and model["object"] == "model"
+
+
+BAD = [
+    b"",
+    b"{",
+    b"[]",
+    b"\xff",
+    {},
+    {"messages": None},
+    {"messages": []},
+    {"messages": [{}]},
+    {"messages": [{"role": "user"}]},
+    {"messages": [{"role": "user", "content": None}]},
+    {"messages": [{"role": "nobody", "content": "Hi"}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+    question("Hi", n=2),
+    question("Hi", tools=[{"type": "function"}]),
+    question("Hi", stop=""),
+    question("Hi", stop=[""]),
+    question("Hi", stop=["x"] * 17),
+    question("Hi", seed=-1),
+    question("x" * 100_000),
+    *(question("Hi", max_tokens=number) for number in (0, -1, 4097, "many")),
+    *(question("Hi", max_completion_tokens=number) for number in (0, -1, 4097)),
+    *(question("Hi", temperature=number) for number in (-1, 3, "hot")),
+    *(question("Hi", top_p=number) for number in (0, -1, 7)),
+    *(question("Hi", frequency_penalty=number) for number in (-3, 3)),
+    *(question("Hi", presence_penalty=number) for number in (-3, 3)),
+]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_bad_body_is_refused_and_leaves_nothing_running(server, streamed):
+    for body in BAD:
+        if isinstance(body, dict):
+            body = body | {"stream": streamed}
+        response = ask(server, body)
+        assert response.status_code == 400, body
+        error = response.json()["error"]
+        assert error["message"] and error["type"] == "invalid_request_error"
+        assert set(error) == {"message", "type", "param", "code"}
+    assert httpx.get(f"{server.url}/nothing").json()["error"]["message"] == "Not Found"
+    assert server.running() == 0
+
+
+def test_a_prompt_that_fits_no_cache_is_refused_and_a_broken_step_is_a_500(tmp_path):
+    tiny = "scheduler.num_kv_blocks = 4; scheduler.cache_size = 0  #"
+    changes = {r"Batch\(MODEL\)": "Batch(MODEL, cache_gb=0)"}
+    with Server(tmp_path, changes, {"scheduler.cache_size = ": tiny}) as server:
+        for streamed in False, True:
+            response = ask(server, question("Why? " * 2000, stream=streamed))
+            assert response.status_code == 400
+            assert "cache" in response.json()["error"]["message"]
+    broken = {r"            pipe\.step\(\)": "            if running:\n                1 / 0"}
+    with Server(tmp_path, {}, broken) as server:
+        for streamed in False, True:
+            response = ask(server, question("Hi", stream=streamed))
+            assert response.status_code == 500
+            assert response.json()["error"]["type"] == "server_error"
+
+
+def test_an_api_key_is_asked_for_if_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("API_KEY", "secret")
+    with Server(tmp_path) as server:
+        for key, status in ("secret", 200), ("Secret", 401), ("secret2", 401):
+            headers = {"Authorization": f"Bearer {key}"}
+            response = ask(server, question("Hi", max_tokens=3), headers=headers)
+            assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_100_clients_at_once_get_their_whole_texts_and_do_not_wait_in_line(tmp_path, choose):
     async def main(server):
         async with client() as session:
             start = time.monotonic()
             reads = await asyncio.gather(
-                *(read(session, server.url, SUN) for _ in range(choose(40, 100)))
+                *(read(session, server, SUN) for _ in range(choose(40, 100)))
             )
             return reads, start, time.monotonic() - start
 
-    with Server(tmp_path, {r"config\.max_new_tokens = 500": long}) as server:
+    long = serve_with("{'max_new_tokens': 300, 'min_new_tokens': 300}")
+    with Server(tmp_path, long) as server:
         reads, start, duration = asyncio.run(main(server))
     texts = {text for text, _ in reads}
     assert all("yellow" in text and len(text) > 200 for text in texts)
@@ -528,31 +681,36 @@ def test_100_clients_at_once_get_their_whole_texts_and_do_not_wait_in_line(tmp_p
     assert statistics.mean(first - start for _, first in reads) < duration / 2
 
 
-@pytest.mark.parametrize("prompt", ["", " \n", "x" * 2001])
-def test_a_prompt_that_is_empty_or_too_long_gets_422_and_one_line(server, prompt):
-    response = httpx.get(server.url, params={"prompt": prompt})
-    assert response.status_code == 422
-    assert len(response.text.splitlines()) == 1
+@pytest.mark.parametrize("prompt", ["Hi", "Why? " * 9000])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_stops_its_generation(endless_server, prompt, streamed):
+    """While it is generated, and while the prompt is read."""
 
+    async def main():
+        async with client() as session:
+            body = question(prompt, stream=streamed)
+            url = f"{endless_server.url}/v1/chat/completions"
+            asking = asyncio.create_task(session.post(url, json=body))
+            while (await session.get(f"{endless_server.url}/requests")).json() != 1:
+                await asyncio.sleep(0.05)
+            asking.cancel()
 
-def test_a_client_that_leaves_stops_its_generation(endless_server):
-    with httpx.stream("GET", endless_server.url, params={"prompt": "Hi"}) as response:
-        assert next(response.iter_text())
-        wait_for(lambda: endless_server.running() == 1)
+    asyncio.run(main())
     wait_for(lambda: endless_server.running() == 0)
 
 
 def test_100_clients_that_give_up_and_slow_readers_block_nobody(endless_server):
     async def give_up(session) -> None:
         with contextlib.suppress(asyncio.TimeoutError):  # Another one on Python 3.10.
-            await asyncio.wait_for(read(session, endless_server.url, SUN), random.random() * 2)
+            await asyncio.wait_for(read(session, endless_server, SUN), random.random() * 2)
 
     async def main():
+        url = f"{endless_server.url}/v1/chat/completions"
         async with client() as session, client() as slow:
-            request = slow.build_request("GET", endless_server.url, params={"prompt": SUN})
+            request = slow.build_request("POST", url, json=question(SUN, stream=True))
             unread = [await slow.send(request, stream=True) for _ in range(5)]
             await asyncio.gather(*(give_up(session) for _ in range(100)))
-            parts = session.stream("GET", endless_server.url, params={"prompt": "Hi"})
+            parts = session.stream("POST", url, json=question("Hi", stream=True))
             async with parts as response:
                 assert await anext(response.aiter_text())
             for response in unread:
@@ -567,9 +725,7 @@ def test_100_clients_that_give_up_and_slow_readers_block_nobody(endless_server):
 def test_a_signal_ends_the_server_while_it_streams(endless_server, number):
     async def main() -> float:
         async with client() as session:
-            streams = [
-                asyncio.create_task(read(session, endless_server.url, SUN)) for _ in range(5)
-            ]
+            streams = [asyncio.create_task(read(session, endless_server, SUN)) for _ in range(5)]
             while (await session.get(f"{endless_server.url}/requests")).json() < 5:
                 await asyncio.sleep(0.05)
             os.kill(endless_server.process.pid, number)

@@ -21,7 +21,15 @@ from conftest import posix, wait_for
 from families import FUNCTION, HELLO, MODELS, PROMPTS, ROOT, SCRIPT, SUN
 from recipes import ENDLESS, RECIPES, change, import_recipe, run, save
 
-HOSTS = ["ipykernel", "jupyter_client", "streamlit", "langchain_core", "llama_index", "gradio"]
+HOSTS = [
+    "ipykernel",
+    "jupyter_client",
+    "streamlit",
+    "langchain_core",
+    "llama_index",
+    "gradio",
+    "openai",
+]
 for name in HOSTS:
     if not importlib.util.find_spec(name):
         pytest.skip(
@@ -31,6 +39,7 @@ for name in HOSTS:
         )
 
 import jupyter_client
+import openai
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -38,6 +47,7 @@ from llama_index.core.llms import ChatMessage
 from openvino_genai import LLMPipeline
 from streamlit.runtime.scriptrunner import StopException
 from streamlit.testing.v1 import AppTest
+from test_batch import Server
 
 import multinomial_causal_lm
 from multinomial_causal_lm import stream
@@ -377,6 +387,50 @@ def test_llamaindex_streams_ten_chats_in_an_event_loop(make_llm, greedy):
 @pytest.mark.parametrize("name", ["langchain_chat.py", "llamaindex_llm.py"])
 def test_the_program_answers(tmp_path, name):
     assert "yellow" in run(tmp_path, name)
+
+
+# The package `openai`, in front of `serve.py`.
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def by_environment(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+
+
+def test_openai_answers_whole_and_streams(by_environment, greedy):
+    question = {"model": "any", "messages": [{"role": "user", "content": SUN}], "temperature": 0}
+    client = openai.OpenAI()
+    assert [model.id for model in client.models.list()] == ["tiny-llama"]
+    whole = client.chat.completions.create(**question)
+    assert whole.choices[0].message.content == greedy(SUN)
+    assert whole.choices[0].finish_reason == "stop"
+    chunks = list(client.chat.completions.create(**question, stream=True))
+    assert len(chunks) > 2
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == greedy(SUN)
+    with pytest.raises(openai.BadRequestError, match="top_p"):
+        client.chat.completions.create(**question, top_p=7)
+
+
+def test_openai_streams_ten_answers_in_an_event_loop(by_environment, greedy):
+    question = {"model": "any", "messages": [{"role": "user", "content": SUN}], "temperature": 0}
+
+    async def answer(client) -> str:
+        chunks = await client.chat.completions.create(**question, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI() as client:
+            return await asyncio.gather(*(answer(client) for _ in range(10)))
+
+    same = asyncio.run(asyncio.wait_for(main(), timeout=60)).count(greedy(SUN))
+    assert same >= 9  # Batches round differently.
 
 
 # Gradio, over HTTP.

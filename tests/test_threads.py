@@ -103,12 +103,12 @@ tokenizer = pipe.get_tokenizer()
 class Silent:  # Its tokens have no text.
     generate, encode = pipe.generate, tokenizer.encode
     def get_tokenizer(self): return self
-    def decode(self, tokens): return ""
+    def decode(self, tokens): return [""] * len(tokens)
 
 class Lingering(Silent):  # It calls `end` long before it returns.
     decode = tokenizer.decode
-    def generate(self, *arguments):
-        pipe.generate(*arguments)
+    def generate(self, *arguments, **settings):
+        pipe.generate(*arguments, **settings)
         done.wait(60)
 
 def interrupt():
