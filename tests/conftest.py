@@ -28,7 +28,7 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    hypothesis.settings.register_profile("quick", max_examples=25)
+    hypothesis.settings.register_profile("quick", max_examples=12)
     hypothesis.settings.register_profile("thorough", max_examples=2000)
     thorough = config.getoption("--thorough")
     hypothesis.settings.load_profile("thorough" if thorough else "quick")

