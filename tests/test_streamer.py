@@ -196,7 +196,7 @@ def test_a_replacement_character_of_the_model_after_such_bytes_comes_once(tokeni
     """SentencePiece shows two of it while it is unfinished, then one: the text gets shorter."""
     invalid = tokenizer.inner_tokens("😀")[0]
     character = tokenizer.inner_tokens("\ufffd")
-    for count in range(0, 70, choose(7, 1)):
+    for count in range(0, 70, choose(14, 1)):
         tokens = [*[invalid] * count, *character, *[invalid] * 40]
         *_, text = write_all(tokenizer, clock, tokens)
         assert text == tokenizer.decode(tokens)
@@ -211,7 +211,7 @@ def test_a_decode_is_short_where_each_token_is_a_part_of_a_character(tokenizer, 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_decode_takes_at_most_64_tokens_of_text_at_any_pace(tokenizer, clock, choose, text):
-    tokens = (tokenizer.tokens(TEXTS[text]) * 20)[: choose(300, 1500)]
+    tokens = (tokenizer.tokens(TEXTS[text]) * 20)[: choose(150, 1500)]
     for interval in 0.0001, FAST, 0.003:
         write_all(tokenizer, clock, tokens, interval)
         assert max(tokenizer.lengths) <= 64
@@ -235,7 +235,7 @@ def test_long_runs_that_may_still_change_come_out_as_decode_says(tokenizer, cloc
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_slow_tokens_cost_one_short_decode_each(tokenizer, clock, choose, text):
-    tokens = (tokenizer.tokens(TEXTS[text]) * 20)[: choose(200, 1000)]
+    tokens = (tokenizer.tokens(TEXTS[text]) * 20)[: choose(100, 1000)]
     write_all(tokenizer, clock, tokens)
     assert max(tokenizer.lengths) <= 64
     assert len(tokenizer.lengths) <= 1.1 * len(tokens)
@@ -254,7 +254,7 @@ def test_fast_tokens_are_decoded_together(tokenizer, clock):
 @pytest.mark.parametrize("interval", [0.0001, FAST, 0.003, 0.0099, SLOW])
 def test_text_is_never_later_than_ten_milliseconds_or_one_token(tokenizer, clock, choose, interval):
     token = tokenizer.tokens("aa aa")[-1]
-    tokens = [token] * choose(150, 500)
+    tokens = [token] * choose(100, 500)
     *texts, _ = write_all(tokenizer, clock, tokens, interval)
     for count, text in enumerate(texts, start=1):
         late = max(count - len(text) // len(tokenizer.decode([token, token]).strip()) * 2, 0)
