@@ -52,9 +52,11 @@ def test_a_command_works_as_written(command, tmp_path):
 
 
 def test_options_and_settings_are_those_of_the_script():
-    for name, value in re.findall(r"^\| `(\w+)` \| `(.+?)` \|", README, re.MULTILINE):
-        if name not in ("fp16", "int8", "int4"):
-            assert f"config.{name} = {value} " in SCRIPT_SOURCE
+    section = README.split("## Change the sampling")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", section, re.MULTILINE)
+    assert len(rows) == 5
+    for name, value in rows:
+        assert f"config.{name} = {value} " in SCRIPT_SOURCE
     assert 'default="CPU"' in SCRIPT_SOURCE
 
 
