@@ -620,7 +620,7 @@ BAD = [
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
     question("Hi", n=2),
     question("Hi", n=0),
-    question("Hi", stream_options=[]),
+    *(question("Hi", stream_options=options) for options in ([], {"include_usage": [1]})),
     question("Hi", tools=[{"type": "function"}]),
     {"messages": "Hi"},
     {"messages": [None]},
