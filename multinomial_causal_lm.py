@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stream the answer of a large language model, chosen by random sampling, with OpenVINO GenAI.
-
-example: python multinomial_causal_lm.py TinyLlama-1.1B-Chat-v1.0 "Why is the Sun yellow?"
-"""
+"""Stream the answer of a large language model, chosen by random sampling, with OpenVINO GenAI."""
 
 import argparse
 import contextlib
 import errno
-import io
 import os
 import queue
 import re
@@ -16,11 +12,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 interactive = hasattr(sys, "ps1") or sys.flags.interactive
-ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # By `nohup`, for one.
-if __name__ == "__main__" and not interactive and not ignored:
+if __name__ == "__main__" and not interactive and signal.getsignal(2) != signal.SIG_IGN:
     # Ctrl+C ends the process at once, also inside the library, where Python would not see it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Before the imports below, which are slow.
 
@@ -118,89 +113,86 @@ def stream(
     pipe: openvino_genai.LLMPipeline,
     prompt: str | openvino_genai.ChatHistory | openvino_genai.TokenizedInputs,
     config: openvino_genai.GenerationConfig,
+    done: Callable[[openvino_genai.DecodedResults], object] = bool,  # Does nothing.
 ) -> Generator[str, None, None]:
     """Generate on another thread, and yield the text (`str`) in chunks as it comes.
 
-    Any thread may call it: a pipeline answers its callers in turn. What `generate` or the tokenizer
-    raises is raised here. Leaving the loop at a chunk stops the generation; if something else holds
-    the generator, closing it does: `with contextlib.closing(stream(...)) as chunks:`.
+    Any thread may call it: callers take turns. What `generate` or the tokenizer raises is raised
+    here; what `generate` returns, `done` gets. Leaving the loop at a chunk stops the generation; if
+    the generator has a name, closing it does: `with contextlib.closing(stream(...)) as chunks:`.
     """
     streamer = IterableStreamer(pipe.get_tokenizer(), config.stop_strings)
-    errors: list[BaseException] = []
 
     def generate() -> None:
         try:
             with TURNS.setdefault(pipe, threading.Lock()):
                 if streamer.write([]) == StreamingStatus.RUNNING:  # The caller has not left yet.
-                    # The library's own search for stop strings misses those that come in parts.
-                    pipe.generate(prompt, config, streamer, stop_strings=set())
+                    # A list brings all results. The library misses stop strings in parts.
+                    inputs = [prompt] if isinstance(prompt, str) else prompt
+                    done(pipe.generate(inputs, config, streamer, stop_strings=set()))
         except BaseException as error:  # noqa: BLE001 - raised again on the thread that reads.
-            errors.append(error)
-        finally:
             streamer.end()  # `generate` does not call it when it refuses its arguments.
+            streamer.put(error)
 
-    thread = threading.Thread(target=generate)
-    try:
-        thread.start()  # An interrupt here must cancel, too: the thread may run already.
+    try:  # An interrupt from here on must cancel: the thread may run already.
+        (thread := threading.Thread(target=generate)).start()
         yield from streamer
-        while thread.is_alive():  # The library calls `end` before it raises.
+        while thread.is_alive():
             thread.join(0.1)
+        next(streamer, None)  # Skip the end: the library calls `end` before it raises,
+        yield from streamer  # so that an error may stand behind it.
     finally:
         streamer.cancel()
-    for error in errors:
-        raise error
-
-
-def check(model: str) -> None:
-    """Exit with one line about what the library would report in many lines, or late."""
-    for part in ("model", "tokenizer", "detokenizer") if not model.endswith(".gguf") else ():
-        xml = os.path.join(model, f"openvino_{part}.xml")
-        if not os.path.exists(xml):
-            sys.exit(
-                f"error: no OpenVINO model: {xml} does not exist. To convert one, run optimum-cli"
-                " export openvino in an environment that has openvino-tokenizers[transformers]"
-            )
-        with open(xml, "rb") as file:
-            if file.read(1) not in (b"<", b"\xef"):  # The second begins a byte order mark.
-                sys.exit(f"error: {xml} is not an OpenVINO model. Git clone? Try: git lfs pull")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_dir", help="folder of a converted model, or GGUF file")
-    parser.add_argument("prompt", help="what to ask the model")
-    parser.add_argument("--device", default="CPU", help="CPU, GPU, NPU, ... (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, epilog='example: %(prog)s model "Hi!"')
+    parser.add_argument("model", metavar="model_dir", help="folder of a model, or GGUF file")
+    parser.add_argument("prompt", metavar='"prompt in quotes"', help='"-" reads it from stdin')
+    parser.add_argument("--device", type=str.upper, default="CPU", help="CPU (default), GPU, NPU")
     args = parser.parse_args()
-    if not args.prompt.strip() or re.search("[\ud800-\udfff]", args.prompt):
-        parser.error("the prompt must be text, in valid Unicode")
-    if not sys.stdout:
-        parser.error("stdout is closed")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # Not in a notebook.
-        sys.stdout.reconfigure(errors="replace")  # Print "?" for what the terminal cannot show.
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    known = ", ".join([*openvino.Core().available_devices, "AUTO", "BATCH", "HETERO", "MULTI"])
+    names = () if args.model.lower().endswith(".gguf") else ("model", "tokenizer", "detokenizer")
+    xmls = [os.path.join(args.model, f"openvino_{name}.xml") for name in names]
+    lost = [xml for xml in xmls if not os.path.exists(xml) or os.path.getsize(xml) < 1000]
+    absent = [name for name in re.findall("[A-Z]+", args.device) if name not in known]
+    problems = {  # The library would report them in many lines, or late.
+        "the prompt is empty": not prompt.strip(),
+        "the prompt is not valid Unicode": re.search("[\ud800-\udfff]", prompt),
+        "stdout is closed": not sys.stdout,
+        f"there is no {', '.join(absent)} here. Available devices: {known}": absent,
+        f"no whole {''.join(lost[:1])}: give the folder of a downloaded or converted model": lost,
+    }
+    for problem in filter(problems.get, problems):
+        sys.exit(f"error: {problem}")
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # "?" for what it cannot show.
+    log = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - print would use stdout.
     try:
-        check(args.model_dir)
-        if sys.stderr:  # If it is closed, print would use stdout.
-            print(f"Loading {args.model_dir} on {args.device} ...", file=sys.stderr, flush=True)
-        pipe = openvino_genai.LLMPipeline(args.model_dir, args.device)
-        # What is not set here stays as the model's own generation_config.json has it.
-        config = pipe.get_generation_config()
+        print(f"Loading {args.model} on {args.device} ...", file=log, flush=True)
+        pipe = openvino_genai.LLMPipeline(args.model, args.device)
+        config = pipe.get_generation_config()  # Of the model; what is not set here, stays.
         config.max_new_tokens = 100  # Stop here, if the model does not stop before.
         config.do_sample = True  # Choose each token at random. False takes the most probable one.
         config.top_p = 0.9  # Choose from the most probable tokens that add up to this probability,
         config.top_k = 30  # and from no more than so many of them.
         config.rng_seed = time.time_ns()  # Another text on every run; a constant repeats one.
-        for chunk in stream(pipe, args.prompt, config):
+        results: list[openvino_genai.DecodedResults] = []
+        for chunk in stream(pipe, prompt, config, results.append):
             if sys.stdout.isatty():  # Show control characters: they could command the terminal.
                 chunk = re.sub(r"[^\t\n\r -~\xa0-\U0010ffff]", lambda c: ascii(c[0])[1:-1], chunk)
             print(chunk, end="", flush=True)
         print(flush=True)
-    except (RuntimeError, UnicodeError) as error:
-        reason = str(error).strip().splitlines()[-1]  # Before it come places in C++ sources.
-        known = ", ".join(openvino.Core().available_devices)
-        sys.exit(f"error: {args.model_dir} on {args.device}: {reason} (available devices: {known})")
+        metrics, (reason,) = results[0].perf_metrics, results[0].finish_reasons
+        count, first = metrics.get_num_generated_tokens(), metrics.get_ttft().mean / 1000
+        end = " (max_new_tokens)" if reason.name == "LENGTH" else ""
+        speed = f", then {metrics.get_throughput().mean:.1f} a second" if count > 1 else ""
+        print(f"{count} tokens{end}, the first after {first:.2f} s{speed}", file=log)
+    except (RuntimeError, UnicodeError) as error:  # Its last line has no places in C++ sources.
+        sys.exit(f"error: {args.model} on {args.device}: {str(error).strip().splitlines()[-1]}")
     except OSError as error:  # That the reader of stdout has gone, as in `| head`, is no error.
-        if error.errno not in (errno.EPIPE, errno.EINVAL) and sys.stderr:
-            print(f"error: {error}", file=sys.stderr)
+        if error.errno not in (errno.EPIPE, errno.EINVAL):
+            print(f"error: {error}", file=log)
         os._exit(1)  # sys.exit would write to stdout again, and fail again.
 
 

@@ -9,6 +9,7 @@ import hypothesis
 import openvino_genai
 import pytest
 from families import MODELS, SCRIPT
+from recipes import change
 
 from multinomial_causal_lm import IterableStreamer
 
@@ -72,13 +73,23 @@ def no_generation_is_left_behind(monkeypatch):
 def run_script():
     """Run the script as a user does, and return the finished process."""
 
-    def run(*arguments: object, **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, SCRIPT, *map(str, arguments)]
+    def run(*arguments: object, script=SCRIPT, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, script, *map(str, arguments)]
         environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
         options = {"env": environment, "encoding": "utf-8", "timeout": 60} | options
         return subprocess.run(command, capture_output=True, check=False, **options)
 
     return run
+
+
+@pytest.fixture
+def changed_script(tmp_path):
+    def make(changes: dict[str, str]):
+        source = change(SCRIPT.read_text(encoding="utf-8"), changes)
+        (tmp_path / "changed.py").write_text(source, encoding="utf-8")
+        return tmp_path / "changed.py"
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 
 import pytest
@@ -18,9 +19,27 @@ def test_it_answers_and_ends_with_one_newline(run_script):
     assert process.stdout.count("\n") == 1
 
 
-def test_stderr_has_one_line_about_loading(run_script):
-    process = run_script(MODEL, SUN, "--device", "CPU")
-    assert process.stderr == f"Loading {MODEL} on CPU ...\n"
+@pytest.mark.parametrize("device", ["CPU", "cpu", "AUTO", "hetero:cpu"])
+def test_stderr_tells_what_is_loaded_and_how_fast_it_was(run_script, device):
+    process = run_script(MODEL, SUN, "--device", device)
+    loading, speed = process.stderr.splitlines()
+    assert loading == f"Loading {MODEL} on {device.upper()} ..."
+    match = re.fullmatch(r"(\d+) tokens, the first after \d+\.\d\d s, then (\S+) a second", speed)
+    assert 10 < int(match[1]) < 100 and float(match[2]) > 0
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_stderr_tells_that_the_answer_was_cut(run_script, changed_script, tokens):
+    script = changed_script({r"max_new_tokens = \d+": f"max_new_tokens = {tokens}"})
+    speed = run_script(MODEL, SUN, script=script).stderr.splitlines()[1]
+    then = ", then [0-9.]+ a second" if tokens > 1 else ""  # One token has no speed.
+    pattern = rf"{tokens} tokens \(max_new_tokens\), the first after [0-9.]+ s{then}"
+    assert re.fullmatch(pattern, speed)
+
+
+def test_a_dash_reads_the_prompt_from_stdin(run_script):
+    assert "yellow" in run_script(MODEL, "-", input=SUN + "\n").stdout
+    assert run_script(MODEL, "-", input="\n").stderr == "error: the prompt is empty\n"
 
 
 @pytest.mark.parametrize("name", GGUF)
@@ -28,7 +47,7 @@ def test_it_runs_a_gguf_file(run_script, name):
     process = run_script(MODELS / name, SUN)
     assert process.returncode == 0
     assert process.stdout.strip()
-    assert process.stderr == f"Loading {MODELS / name} on CPU ...\n"
+    assert process.stderr.startswith(f"Loading {MODELS / name} on CPU ...\n")
 
 
 def test_four_runs_print_four_texts(run_script):
@@ -62,7 +81,7 @@ def test_characters_of_several_tokens_arrive_whole(run_script):
 
 def test_help_explains_every_argument_and_shows_an_example(run_script):
     text = run_script("--help").stdout
-    for word in "model_dir", "prompt", "--device", "default: CPU", "example:":
+    for word in "model_dir", "prompt", "--device", "CPU (default)", "\nexample:":
         assert word in text
 
 
