@@ -496,9 +496,12 @@ def serve_with(settings: str) -> dict[str, str]:
     return {r"config\.max_new_tokens = self.*": f"config.update_generation_config({settings})"}
 
 
-@pytest.fixture
-def endless_server(tmp_path):
-    with Server(tmp_path, serve_with("max_new_tokens=1_000_000, ignore_eos=True")) as server:
+SERVE_ENDLESS = serve_with("max_new_tokens=1_000_000, ignore_eos=True")
+
+
+@pytest.fixture(scope="module")
+def endless_server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("server"), SERVE_ENDLESS) as server:
         yield server
 
 
@@ -750,17 +753,18 @@ def test_200_clients_that_give_up_and_slow_readers_block_nobody(endless_server, 
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_while_it_streams(endless_server, number):
-    async def main() -> float:
+def test_a_signal_ends_the_server_while_it_streams(tmp_path, number):
+    async def main(server) -> float:
         async with client() as session:
-            streams = [asyncio.create_task(read(session, endless_server, SUN)) for _ in range(5)]
-            while (await session.get(f"{endless_server.url}/requests")).json() < 5:
+            streams = [asyncio.create_task(read(session, server, SUN)) for _ in range(5)]
+            while (await session.get(f"{server.url}/requests")).json() < 5:
                 await asyncio.sleep(0.05)
-            os.kill(endless_server.process.pid, number)
+            os.kill(server.process.pid, number)
             start = time.monotonic()
-            await asyncio.to_thread(endless_server.process.wait, 60)
+            await asyncio.to_thread(server.process.wait, 60)
             await asyncio.gather(*streams, return_exceptions=True)
             return time.monotonic() - start
 
-    assert asyncio.run(main()) < 20  # They would take hours. About 2.5 s here.
-    assert endless_server.process.returncode in (0, -number)
+    with Server(tmp_path, SERVE_ENDLESS) as server:
+        assert asyncio.run(main(server)) < 20  # They would take hours. About 2.5 s here.
+        assert server.process.returncode in (0, -number)

@@ -49,7 +49,7 @@ from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
 from openvino_genai import LLMPipeline
 from streamlit.testing.v1 import AppTest
-from test_batch import Server, serve_with
+from test_batch import SERVE_ENDLESS, Server, serve_with
 
 MODEL = MODELS / "tiny-llama"
 
@@ -292,7 +292,7 @@ def test_llamaindex_completes_and_chats(server, greedy):
 
 
 def test_leaving_the_stream_of_a_client_stops_the_generation(tmp_path):
-    with Server(tmp_path, serve_with("max_new_tokens=1_000_000, ignore_eos=True")) as server:
+    with Server(tmp_path, SERVE_ENDLESS) as server:
         for stream_of in (
             lambda: connect(openai.OpenAI, server).chat.completions.create(**QUESTION, stream=True),
             lambda: connect(ChatOpenAI, server).stream(SUN),

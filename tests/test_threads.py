@@ -75,7 +75,7 @@ def test_signals_leave_the_pipeline_free(choose):
         f"""
 pipe = openvino_genai.LLMPipeline(MODEL, "CPU")
 interrupt = [os.getpid(), signal.SIGINT]
-for count in range({choose(40, 300)}):
+for count in range({choose(20, 300)}):
     try:
         timer = threading.Timer(random.random() * 0.015, os.kill, interrupt)
         timer.start()
@@ -162,13 +162,15 @@ def in_threads(count: int, function) -> list:
     return results
 
 
-def test_50_threads_get_their_whole_texts(pipe):
-    prompts = [f"{PROMPTS[number % 3]} {number}" for number in range(50)]
+def test_50_threads_get_their_whole_texts(pipe, choose):
+    prompts = [f"{PROMPTS[number % 3]} {number}" for number in range(choose(20, 50))]
     expected = ["".join(stream(pipe, prompt, make_config(pipe, 20))) for prompt in prompts]
     config = [make_config(pipe, 20) for _ in prompts]
-    texts = in_threads(50, lambda number: "".join(stream(pipe, prompts[number], config[number])))
+    texts = in_threads(
+        len(prompts), lambda number: "".join(stream(pipe, prompts[number], config[number]))
+    )
     same = sum(map(str.__eq__, texts, expected))
-    assert same >= 48  # A prefix that is cached computes a little differently.
+    assert same >= len(prompts) - 2  # A prefix that is cached computes a little differently.
     assert all(texts)
 
 
