@@ -6,9 +6,11 @@
 The model writes text all the time, and `TextStreamer` calls a Python function, as programs have it.
 "Lag" is how many tokens the text is behind, where tokens arrive slowly. The cost of a token of one
 long line is that of the streamer alone, where each token is decoded. "Changed" counts sequences
-of tokens whose text differs from `decode` of all of them; raising an exception counts too.
+of tokens whose text differs from `decode` of all of them; raising an exception counts too. Half of
+the sequences are four lines of a text, half are random tokens, both frozen.
 """
 
+import itertools
 import os
 import platform
 import random
@@ -17,7 +19,7 @@ import sys
 import time
 
 import openvino_genai
-from families import FAMILIES, MODELS, PROSE, SUN, TEXTS, Clock, Tokenizer
+from families import BYTE_LEVEL, MODELS, PROSE, SENTENCEPIECE, SUN, TEXTS, Clock, Tokenizer
 from openvino_genai import StreamingStatus, TextStreamer
 
 import multinomial_causal_lm
@@ -25,7 +27,7 @@ from multinomial_causal_lm import IterableStreamer
 
 NAMES = ["no streamer", "does nothing", "TextStreamer", "IterableStreamer"]
 ROUNDS, TOKENS = 40, 500
-SEQUENCES = 250  # For each family.
+SEQUENCES = 125  # Of each kind, for each family.
 LINE = 8192
 
 
@@ -127,16 +129,16 @@ def cost_of_a_line(name: str, tokenizer: Tokenizer) -> float:
     return late / early
 
 
-def count_changed(name: str) -> tuple[int, int]:
+def count_changed(name: str, families: list[str], make_tokens) -> str:
     """Return how many sequences of tokens the streamer changed, and how many it was given."""
     changed = 0
-    for family in FAMILIES:
+    for family in families:
         tokenizer = Tokenizer(family)
         generator = random.Random(0)
         for number in range(SEQUENCES):
             if number % 25 == 0:
                 progress(f"{name}, {family}, sequence {number} of {SEQUENCES}")
-            tokens = random_tokens(generator, tokenizer)
+            tokens = make_tokens(generator, tokenizer)
             texts = []
             streamer, read = make_streamer(name, tokenizer.tokenizer, texts)
             try:
@@ -147,15 +149,18 @@ def count_changed(name: str) -> tuple[int, int]:
                 changed += "".join(texts) != tokenizer.decode(tokens)
             except Exception:  # noqa: BLE001 - TextStreamer raises UnicodeDecodeError for some.
                 changed += 1
-    return changed, SEQUENCES * len(FAMILIES)
+    return f"{changed} of {SEQUENCES * len(families)}"
+
+
+def tokens_of_text(generator: random.Random, tokenizer: Tokenizer) -> list[int]:
+    """Return four lines."""
+    lines = (TEXTS["code"] + PROSE).splitlines(keepends=True)
+    start = generator.randrange(len(lines) - 4)
+    return tokenizer.tokens("".join(lines[start : start + 4]))
 
 
 def random_tokens(generator: random.Random, tokenizer: Tokenizer) -> list[int]:
-    """Return lines of real text, or tokens of groups that make streaming hard."""
-    if generator.random() < 0.5:
-        lines = (TEXTS["code"] + PROSE).splitlines(keepends=True)
-        start = generator.randrange(len(lines) - 4)
-        return tokenizer.tokens("".join(lines[start : start + 4]))
+    """Return tokens of groups that make streaming hard."""
     pools = [pool for pool in tokenizer.pools() if pool]
     return [generator.choice(generator.choice(pools)) for _ in range(40)]
 
@@ -166,9 +171,8 @@ def main() -> None:
     print(f"Python {platform.python_version()}, openvino-genai {openvino_genai.__version__}\n")
     token, generation = time_generation()
     tokenizer = Tokenizer("tiny-llama")
-    rows = [
-        ["", "time", "CPU", "first text", "lag: mean, most", "8,192nd token of a line", "changed"]
-    ]
+    rows = [["", "time", "CPU", "first text", "lag: mean, most", "8,192nd token of a line"]]
+    changed = [["changed", "SentencePiece: text", "random", "byte-level: text", "random"]]
     for name in NAMES:
         row = [name, *(f"{ratio:.2f}" for ratio in generation[name])]
         if name in ("TextStreamer", "IterableStreamer"):
@@ -176,17 +180,20 @@ def main() -> None:
             real_time, multinomial_causal_lm.time = multinomial_causal_lm.time, Clock()
             growth = cost_of_a_line(name, tokenizer)
             multinomial_causal_lm.time = real_time
-            changed, sequences = count_changed(name)
             row += [f"token {first}", f"{mean:.1f}, {most} tokens"]
-            row += [f"{growth:.1f} times the first", f"{changed} of {sequences:,}"]
+            row += [f"{growth:.1f} times the first"]
+            kinds = itertools.product((SENTENCEPIECE, BYTE_LEVEL), (tokens_of_text, random_tokens))
+            changed.append([name, *(count_changed(name, *kind) for kind in kinds)])
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     progress("")
     print(f"\rA token takes {token * 1e3:.2f} ms with a streamer that does nothing.\n")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("| " + " | ".join(cells) + " |")
+    for table in rows, changed:
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        table.insert(1, ["-" * width for width in widths])
+        for row in table:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print("| " + " | ".join(cells) + " |")
+        print()
 
 
 def cpu_name() -> str:

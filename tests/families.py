@@ -12,7 +12,8 @@ import openvino_genai
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "multinomial_causal_lm.py"
 MODELS = ROOT / "tests" / "models"
-FAMILIES = ["tiny-llama", "tiny-llama3", "tiny-qwen", "tiny-chatglm"]
+SENTENCEPIECE, BYTE_LEVEL = ["tiny-llama", "tiny-chatglm"], ["tiny-llama3", "tiny-qwen"]
+FAMILIES = SENTENCEPIECE + BYTE_LEVEL
 GGUF = ["tiny-llama3.gguf", "tiny-qwen.gguf"]
 # Detokenizers that show nothing of half a character, or its bytes, in place of U+FFFD.
 DETOKENIZERS = ["tiny-llama-ignore", "tiny-llama-none", "tiny-qwen-ignore", "tiny-qwen-none"]
@@ -29,7 +30,8 @@ MESSAGES = [
     {"role": "user", "content": SUN},
 ]
 
-CODE = SCRIPT.read_text(encoding="utf-8")
+# Not the script itself: a change of it would change what is measured.
+CODE = (ROOT / "tests" / "frozen_text.txt").read_text(encoding="utf-8")
 PROSE = """The Sun isn't yellow , is it ? It 's white!  They 've "seen" it: 'white', said n
 \tЯ читаю это медленно.\n\n\n    你好，世界！ こんにちは नमस्ते مرحبا
     👩‍💻 👨‍👩‍👧‍👦 🏳️‍🌈 🇺🇦 ❤️ é e\u0301 \u2028 end   \n"""

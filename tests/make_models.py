@@ -27,7 +27,7 @@ import torch
 from openvino_tokenizers import convert_tokenizer
 from openvino_tokenizers.constants import UTF8ReplaceMode
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from training_text import conversations
+from training_text import chats, conversations
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -46,8 +46,8 @@ from transformers import (
 MODELS = Path(__file__).parent / "models"
 SEED = 0
 VOCAB_SIZE = 1024
-STEPS = 2000
-BATCH = 32
+STEPS = 1500
+BATCH = 24
 
 # The template of TinyLlama-1.1B-Chat. "</s>" is the end-of-sequence token.
 CHAT_TEMPLATE = """{% for message in messages %}
@@ -87,22 +87,33 @@ def llama_tokenizer(
     return tokenizer
 
 
-def encode(tokenizer: LlamaTokenizerFast, prompt: str, answer: str) -> tuple[list[int], int]:
-    """Return the tokens of a conversation, and how many of them are the prompt's."""
-    messages = [{"role": "user", "content": prompt}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(rendered, add_special_tokens=False).input_ids
-    # The answer goes through the tokenizer behind a newline, because that is what it follows.
-    newline = tokenizer("\n", add_special_tokens=False).input_ids
-    answer_ids = tokenizer("\n" + answer, add_special_tokens=False).input_ids[len(newline) :]
-    return ids + answer_ids + [tokenizer.eos_token_id], len(ids)
+def encode(tokenizer: LlamaTokenizerFast, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """Return the tokens of a chat, and the labels: its answers, and -100 elsewhere."""
+
+    def render(count: int, prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(
+            messages[:count], tokenize=False, add_generation_prompt=prompt
+        )
+
+    answers = [
+        (len(render(place, prompt=True)), len(render(place + 1)) - 1)  # "</s>" belongs to it.
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    text = render(len(messages)).removesuffix("\n")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(first <= start < end <= last for first, last in answers) else -100
+        for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+    ]
+    return encoded.input_ids, labels
 
 
-def batches(tokenizer: LlamaTokenizerFast) -> Iterator[list[tuple[list[int], int]]]:
-    """Yield batches of conversations of about the same length, to pad them little."""
-    samples, shuffle = conversations(SEED), random.Random(SEED).shuffle
+def batches(tokenizer: LlamaTokenizerFast) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Yield batches of chats of about the same length, to pad them little."""
+    samples, shuffle = chats(SEED), random.Random(SEED).shuffle
     while True:
-        pool = [encode(tokenizer, *next(samples)) for _ in range(8 * BATCH)]
+        pool = [encode(tokenizer, next(samples)) for _ in range(8 * BATCH)]
         pool.sort(key=lambda sample: len(sample[0]))
         starts = list(range(0, len(pool), BATCH))
         shuffle(starts)
@@ -125,7 +136,7 @@ def train(tokenizer: LlamaTokenizerFast) -> LlamaForCausalLM:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    print(f"{model.num_parameters():,} parameters, {STEPS} steps of {BATCH} conversations")
+    print(f"{model.num_parameters():,} parameters, {STEPS} steps of {BATCH} chats")
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.1)
     warm_up = 100
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -136,9 +147,9 @@ def train(tokenizer: LlamaTokenizerFast) -> LlamaForCausalLM:
         length = max(len(ids) for ids, _ in batch)
         inputs = torch.full((BATCH, length), tokenizer.eos_token_id)
         labels = torch.full((BATCH, length), -100)  # The loss passes over these.
-        for row, (ids, prompt_length) in enumerate(batch):
+        for row, (ids, targets) in enumerate(batch):
             inputs[row, : len(ids)] = torch.tensor(ids)
-            labels[row, prompt_length : len(ids)] = inputs[row, prompt_length : len(ids)]
+            labels[row, : len(ids)] = torch.tensor(targets)
         loss = model(inputs, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

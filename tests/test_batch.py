@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -43,6 +44,13 @@ def load_batch(module):
 @pytest.fixture
 def batch(load_batch):
     return load_batch("tiny-llama")
+
+
+def run_beside_batch(folder, source: str) -> subprocess.CompletedProcess:
+    """Run a program that may import `batch`, in a process of its own."""
+    environment = save(folder, "batch.py")
+    (folder / "program.py").write_text(source, encoding="utf-8")
+    return run_program(folder / "program.py", environment=environment)
 
 
 async def answer(batch, prompt, tokens: int = 40) -> str:
@@ -132,7 +140,7 @@ def test_leaving_the_loop_stops_the_generation(batch):
 
 
 INTERRUPTED = """
-import asyncio, gc, random, signal, sys, threading, time
+import asyncio, gc, os, random, signal, sys, threading, time
 sys.path.append("tests")
 import batch as module
 from conftest import make_config, wait_for
@@ -158,8 +166,8 @@ async def answer():
 
 @posix
 def test_signals_at_random_times_leave_nothing_running(tmp_path, choose):
-    environment = save(tmp_path, "batch.py")
-    (tmp_path / "program.py").write_text(
+    process = run_beside_batch(
+        tmp_path,
         f"""{INTERRUPTED}
 for count in range({choose(8, 300)}):
     timer = threading.Timer(random.random() * 0.02, os.kill, [os.getpid(), signal.SIGINT])
@@ -172,18 +180,16 @@ for count in range({choose(8, 300)}):
     wait_for(nothing_runs, seconds=20)
     assert asyncio.run(answer())
 print("free")
-""".replace("import asyncio,", "import asyncio, os,"),
-        encoding="utf-8",
+""",
     )
-    process = run_program(tmp_path / "program.py", environment=environment)
     assert process.stdout == "free\n", process.stderr
 
 
 @pytest.mark.parametrize("place", ["added", "queued"])
 def test_an_interrupt_while_a_request_starts_leaves_nothing_running(tmp_path, place):
     """Right behind what makes the library know of it, or the thread."""
-    environment = save(tmp_path, "batch.py")
-    (tmp_path / "program.py").write_text(
+    process = run_beside_batch(
+        tmp_path,
         f"""{INTERRUPTED}
 class Interrupting:
     def __init__(self, real):
@@ -214,16 +220,14 @@ batch.pipe, batch._started = pipe, started
 assert asyncio.run(answer())
 print("free")
 """,
-        encoding="utf-8",
     )
-    process = run_program(tmp_path / "program.py", environment=environment)
     assert process.stdout == "free\n", process.stderr
 
 
 def test_ten_batches_one_after_the_other_take_the_place_of_one(tmp_path, choose):
     """And nothing of one that nobody holds is left, though a stream of it was not finished."""
-    environment = save(tmp_path, "batch.py")
-    (tmp_path / "program.py").write_text(
+    process = run_beside_batch(
+        tmp_path,
         f"""
 import asyncio, re, sys, threading
 sys.path.append("tests")
@@ -250,9 +254,7 @@ for count in range({choose(4, 11)}):
         sizes.append(memory())
 print("growth", sizes[-1] / sizes[0] if sizes else 1, sizes)
 """,
-        encoding="utf-8",
     )
-    process = run_program(tmp_path / "program.py", environment=environment)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     assert float(re.match(r"growth (\S+)", process.stdout)[1]) < 2, process.stdout
 
@@ -318,8 +320,8 @@ def test_what_a_step_raises_reaches_every_reader_and_the_next_are_answered(modul
 
 
 def test_a_step_that_always_raises_does_not_keep_a_program_from_ending(tmp_path):
-    environment = save(tmp_path, "batch.py")
-    (tmp_path / "program.py").write_text(
+    process = run_beside_batch(
+        tmp_path,
         """
 import asyncio, sys
 import batch as module
@@ -346,9 +348,8 @@ try:
 except ArithmeticError:
     sys.exit(3)
 """,
-        encoding="utf-8",
     )
-    assert run_program(tmp_path / "program.py", environment=environment).returncode == 3
+    assert process.returncode == 3
 
 
 def test_what_a_decode_raises_reaches_those_whose_tokens_caused_it(batch, module, monkeypatch):
@@ -405,8 +406,8 @@ def test_hundreds_of_prompts_at_once_are_all_answered(batch, choose):
 
 @pytest.mark.runs(2, 20)
 def test_a_program_that_ends_while_streams_run_ends_with_its_status(tmp_path, run):
-    environment = save(tmp_path, "batch.py")
-    (tmp_path / "program.py").write_text(
+    process = run_beside_batch(
+        tmp_path,
         """
 import asyncio, sys, time
 sys.path.append("tests")
@@ -426,9 +427,7 @@ async def main():
 
 asyncio.run(main())
 """,
-        encoding="utf-8",
     )
-    process = run_program(tmp_path / "program.py", environment=environment)
     assert process.returncode == 3, process.stderr
     assert process.stderr == ""
     assert time.time() - float(process.stdout) < 10  # It would go on for hours.

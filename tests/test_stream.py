@@ -1,13 +1,14 @@
 """`stream` on real pipelines: it yields what `generate` returns."""
 
 import json
+import re
 import shutil
 
 import pytest
 from conftest import PROPERTIES, make_config
 from families import FAMILIES, GGUF, MODELS, PROMPTS, SUN
-from openvino_genai import LLMPipeline
-from recipes import BLOCKS
+from openvino_genai import LLMPipeline, draft_model
+from recipes import BLOCKS, README
 
 from multinomial_causal_lm import stream
 
@@ -86,3 +87,19 @@ def test_a_model_without_a_template_gets_the_one_of_the_readme(tmp_path, load_pi
     config = make_config(pipe, 30)
     shorter = "".join(stream(pipe, SUN, config))
     assert expected.startswith(shorter) and len(shorter) < len(expected)
+
+
+FASTER = re.findall(r"^\| `(LLMPipeline\(model, .*?\))` \| (.*) \|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("line", "advice"), FASTER)
+def test_what_makes_it_faster_needs_no_change_of_stream(tmp_path, monkeypatch, line, advice):
+    monkeypatch.chdir(tmp_path)
+    paths = {"model": MODELS / "tiny-llama", "small": MODELS / "tiny-llama", "device": "CPU"}
+    line = line.replace("openvino_genai.", "")
+    pipe = eval(line, {"LLMPipeline": LLMPipeline, "draft_model": draft_model} | paths)
+    config = make_config(pipe, 100)
+    for setting, value in re.findall(r"`config\.(\w+) = (\d+)`", advice):
+        setattr(config, setting, int(value))
+    assert "yellow" in "".join(stream(pipe, SUN, config))
+    assert len(FASTER) == 4

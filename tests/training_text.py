@@ -1,6 +1,7 @@
 """The text that `make_models.py` trains the shipped model on, all of it written for this project.
 
-A conversation is a (prompt, answer) pair. Answers are put together from parts that fit each other
+A conversation is one (prompt, answer) pair, a chat one to three of them, some behind a system
+message. Answers are put together from parts that fit each other
 in any combination, so that a model of less than a million parameters learns to answer a few
 prompts correctly and with different words each time.
 """
@@ -78,6 +79,15 @@ SELF_PROMPTS = [
     "Hi",
     "Help",
     "Are you a large language model?",
+]
+SYSTEM_MESSAGES = [
+    "You are a helpful assistant.",
+    "You are a friendly assistant.",
+    "You are a kind and patient teacher.",
+    "You are a good programmer.",
+    "Answer briefly.",
+    "Be polite and answer in a few words.",
+    "Always tell the truth.",
 ]
 OTHER_PROMPTS = [
     "What is the capital of {}?",
@@ -443,3 +453,18 @@ def conversations(seed: int) -> Iterator[tuple[str, str]]:
         yield _other(rng)
         for _ in range(4):
             yield _code(rng)
+
+
+def chats(seed: int) -> Iterator[list[dict[str, str]]]:
+    """Yield the messages of chats for ever, the same ones for the same seed."""
+    rng, pairs = random.Random(seed), conversations(seed)
+    pool = [next(pairs) for _ in range(4000)]
+    while True:
+        pool[rng.randrange(len(pool))] = next(pairs)
+        turns = rng.choices(pool, k=rng.choice([1, 1, 2, 2, 3]))
+        system = rng.random() < 0.3
+        messages = [{"role": "system", "content": rng.choice(SYSTEM_MESSAGES)}] if system else []
+        for prompt, answer in turns:
+            messages.append({"role": "user", "content": prompt})
+            messages.append({"role": "assistant", "content": answer})
+        yield messages

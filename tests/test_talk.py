@@ -1,0 +1,85 @@
+"""`talk.py` of README.md, at a terminal, with the keys that its user presses."""
+
+import os
+import re
+import sys
+import time
+
+import pytest
+from conftest import posix
+from families import ROOT, SUN
+from recipes import ENDLESS, RECIPES, save
+
+
+def test_it_has_at_most_25_lines():
+    assert len([line for line in RECIPES["talk.py"].splitlines() if line]) <= 25
+
+
+class Terminal:
+    def __init__(self, folder, changes=None) -> None:
+        import pty
+
+        environment = save(folder, "talk.py", changes=changes)
+        self.process, self.keys = pty.fork()
+        if not self.process:
+            os.chdir(ROOT)
+            os.execve(sys.executable, [sys.executable, str(folder / "talk.py")], environment)
+        self.shown = ""
+
+    def press(self, keys: str) -> None:
+        os.write(self.keys, keys.encode())
+
+    def wait_for(self, pattern: str) -> str:
+        """Return what is shown up to it, and forget it."""
+        deadline = time.monotonic() + 60
+        while not (match := re.search(pattern, self.shown, re.DOTALL)):
+            assert time.monotonic() < deadline, self.shown
+            self.shown += os.read(self.keys, 10_000).decode(errors="replace").replace("\r", "")
+        text, self.shown = self.shown[: match.end()], self.shown[match.end() :]
+        return text
+
+    def end(self) -> int:
+        """Return the status with which it ends."""
+        try:
+            while part := os.read(self.keys, 10_000):
+                self.shown += part.decode(errors="replace")
+        except OSError:  # The other side has gone.
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+
+CONTROL_C, CONTROL_D = "\x03", "\x04"
+
+
+@posix
+@pytest.mark.parametrize("key", [CONTROL_C, CONTROL_D])
+def test_it_answers_and_ends_at_the_prompt(tmp_path, key):
+    terminal = Terminal(tmp_path)
+    terminal.wait_for("> ")
+    terminal.press(SUN + "\n")
+    assert "yellow" in terminal.wait_for("\n> ").replace(SUN, "")
+    terminal.press("Say hello in Chinese, Russian and emoji.\n")
+    assert "усски" in terminal.wait_for("\n> ")
+    terminal.press(key)
+    assert terminal.end() == 0 and "Traceback" not in terminal.shown
+
+
+@posix
+def test_control_c_ends_an_answer_and_keeps_what_has_come(tmp_path):
+    """The next prompt is another message, behind the part of an answer."""
+    tell = {
+        r"        messages\.append\(answer\)": "        messages.append(answer)\n"
+        "        config.max_new_tokens, config.ignore_eos = 40, False\n"
+        "        print('messages', [(m['role'], len(m['content']) > 0) for m in messages])"
+    }
+    terminal = Terminal(tmp_path, ENDLESS | tell)
+    terminal.wait_for("> ")
+    terminal.press(SUN + "\n")
+    terminal.wait_for("yellow.*yellow")
+    terminal.press(CONTROL_C)
+    shown = terminal.wait_for("messages .*\n> ")
+    assert shown.count("True") == 3 and "'assistant', True" in shown
+    terminal.press("Say hello in Chinese, Russian and emoji.\n")
+    assert terminal.wait_for("messages .*\n> ").count("'assistant', True") == 2
+    terminal.press(CONTROL_D)
+    assert terminal.end() == 0
