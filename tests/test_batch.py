@@ -608,6 +608,19 @@ def test_a_prompt_that_fits_no_cache_is_refused_and_a_broken_step_is_a_500(tmp_p
             assert response.json()["error"]["type"] == "server_error"
 
 
+def test_a_step_that_breaks_behind_the_first_text_is_an_event(tmp_path):
+    late = "any(streamer.usage['completion_tokens'] > 20 for streamer in running)"
+    broken = {
+        r"            pipe\.step\(\)": f"            pipe.step()\n            1 / (not {late})"
+    }
+    with Server(tmp_path, {}, broken) as server:
+        response = ask(server, question(SUN, stream=True))
+        *chunks, error = events_of(response)
+        assert response.status_code == 200 and len(chunks) > 1
+        assert error["error"]["type"] == "server_error" and error["error"]["message"]
+        wait_for(lambda: server.running() == 0)
+
+
 def test_an_api_key_is_asked_for_if_there_is_one(tmp_path, monkeypatch):
     monkeypatch.setenv("API_KEY", "secret")
     with Server(tmp_path) as server:
