@@ -119,8 +119,9 @@ def test_a_stop_string_makes_the_library_stop_when_it_is_whole(tokenizer, clock)
 
 def test_many_streamers_that_are_decoded_together_come_out_as_decode_says(tokenizer, clock):
     """Through the two halves of `write`, as a program for many users does it."""
+    examples = settings.default.max_examples // 5 + 1  # Of five sequences each, on average.
 
-    @settings(deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=examples)
     @given(
         texts=st.lists(sequences(tokenizer.pools()), min_size=2, max_size=8),
         interval=st.sampled_from([SLOW, FAST]),
