@@ -36,6 +36,7 @@ STYLE = """
 text { font: 14px ui-monospace, Menlo, Consolas, monospace; fill: #d6deeb; white-space: pre }
 tspan { fill-opacity: 0; animation: appear 1ms forwards }
 @keyframes appear { to { fill-opacity: 1 } }
+@media (prefers-reduced-motion) { tspan { fill-opacity: 1; animation: none } }
 """
 
 
