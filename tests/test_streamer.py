@@ -82,8 +82,9 @@ def cut(text: str, stops: list[str]) -> str:
 
 def test_any_tokens_with_stop_strings_come_out_as_decode_says_before_the_first(tokenizer, clock):
     """Stop strings from the text itself, in parts, and others that it only begins."""
+    examples = settings.default.max_examples // 4  # Of two to ten stop strings each.
 
-    @settings(deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=examples)
     @given(
         tokens=sequences(tokenizer.pools()),
         places=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 12)), min_size=1, max_size=3),
