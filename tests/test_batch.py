@@ -125,7 +125,7 @@ def test_200_cancelled_at_random_leave_nothing_behind(batch):
     assert asyncio.run(cancel_all()) < 10  # All of them would take hours.
     wait_for(lambda: batch.pipe.get_metrics().requests == 0)
     wait_for(lambda: batch.pipe.get_metrics().cache_usage == 0)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # Those of another `Batch` may have ended.
 
 
 def test_leaving_the_loop_stops_the_generation(batch):
