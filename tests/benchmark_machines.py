@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 from families import SUN
-from servers import Server, client, question, serve_with
-from test_machines import start_haproxy
+from servers import Server, client, question, serve_with, start_haproxy
 
 ROUNDS, TOKENS = 7, 300
 

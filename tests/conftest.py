@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -134,3 +135,14 @@ def wait_for(condition, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def skip_unless_installed(*names: str) -> None:
+    """Skip a module whose tests need the environment of the hosts."""
+    for name in names:
+        if not importlib.util.find_spec(name):
+            pytest.skip(
+                f"{name} is not installed: pip install -r requirements.txt "
+                "-r tests/requirements.txt -r tests/hosts-requirements.txt",
+                allow_module_level=True,
+            )

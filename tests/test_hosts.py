@@ -6,7 +6,6 @@ They need an environment of their own: the README's section on development makes
 import ast
 import asyncio
 import gc
-import importlib.util
 import itertools
 import json
 import random
@@ -19,12 +18,12 @@ import time
 
 import httpx
 import pytest
-from conftest import posix, wait_for
+from conftest import posix, skip_unless_installed, wait_for
 from families import FUNCTION, HELLO, MODELS, PROMPTS, ROOT, SCRIPT, SUN
 from recipes import ENDLESS, README, RECIPES, change, save
 from servers import SERVE_ENDLESS, Server, serve_with
 
-HOSTS = [
+skip_unless_installed(
     "ipykernel",
     "jupyter_client",
     "streamlit",
@@ -32,14 +31,7 @@ HOSTS = [
     "llama_index",
     "gradio",
     "openai",
-]
-for name in HOSTS:
-    if not importlib.util.find_spec(name):
-        pytest.skip(
-            f"{name} is not installed: pip install -r requirements.txt -r tests/requirements.txt "
-            "-r tests/hosts-requirements.txt",
-            allow_module_level=True,
-        )
+)
 
 import jupyter_client
 import openai

