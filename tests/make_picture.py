@@ -13,6 +13,7 @@ import sys
 import time
 
 from families import FUNCTION, ROOT
+from recipes import read_terminal
 
 TOKEN = 0.07
 COLUMNS = 84
@@ -48,11 +49,8 @@ def record() -> list[tuple[float, str]]:
         command = [sys.executable, "-c", SLOWLY, "tests/models/tiny-llama", FUNCTION]
         os.execv(sys.executable, command)
     parts, start = [], time.monotonic()
-    try:
-        while part := os.read(terminal, 10_000):
-            parts.append((time.monotonic() - start, part.decode().replace("\r", "")))
-    except OSError:  # The other side has gone.
-        pass
+    for part in read_terminal(terminal):
+        parts.append((time.monotonic() - start, part.decode().replace("\r", "")))
     return parts
 
 

@@ -1,10 +1,12 @@
 """The programs in README.md: those whose first line is a comment with the name of their file."""
 
+import contextlib
 import importlib
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,10 @@ def run_program(
         timeout=seconds,
         check=False,
     )
+
+
+def read_terminal(terminal: int) -> Iterator[bytes]:
+    """Yield what a program writes to a pseudo-terminal, until it has gone."""
+    with contextlib.suppress(OSError):  # By which some systems say so.
+        while part := os.read(terminal, 10_000):
+            yield part

@@ -1,12 +1,13 @@
 """`serve.py` of README.md as a process, and what its clients send."""
 
+import json
 import socket
 import subprocess
 import sys
 
 import httpx
 from conftest import wait_for
-from families import ROOT
+from families import ROOT, SUN
 from recipes import save
 
 PROBE = """
@@ -108,3 +109,21 @@ def client() -> httpx.AsyncClient:
 
 def question(prompt: str, **more) -> dict:
     return {"messages": [{"role": "user", "content": prompt}], **more}
+
+
+async def read(session, url: str, begun=None, prompt: str = SUN, **more) -> tuple[int, str]:
+    """Return the status and the text; raise what the client sees of an answer that is cut."""
+    text, done, body = "", False, question(prompt, stream=True, **more)
+    async with session.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            if begun and not begun.done():
+                begun.set_result(None)
+            done = done or line == "data: [DONE]"
+            if line.startswith("data: {"):
+                choices = json.loads(line.removeprefix("data: ")).get("choices")
+                text += choices[0]["delta"].get("content", "") if choices else ""
+        if response.status_code == 200:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            if not done:
+                raise EOFError(text)
+        return response.status_code, text

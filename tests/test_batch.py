@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -15,18 +16,22 @@ from collections.abc import Iterator
 import httpx
 import openvino_genai
 import pytest
-from conftest import PROPERTIES, make_config, posix, wait_for
+from conftest import EXACT, PROPERTIES, make_config, posix, wait_for
 from families import FAMILIES, GGUF, MESSAGES, MODELS, PROMPTS, SUN
-from recipes import RECIPES, import_recipe, run, run_program, save
-from servers import SERVE_ENDLESS, Server, client, question
+from recipes import import_recipe, run, run_program, save
+from servers import SERVE_ENDLESS, Server, client, question, read
 
 from multinomial_causal_lm import stream
 
 
 @pytest.fixture(scope="module")
 def module(tmp_path_factory):
-    """`batch.py`, imported."""
-    return import_recipe("batch.py", tmp_path_factory.mktemp("batch"))
+    """`batch.py`, imported. It computes exactly."""
+    module = import_recipe("batch.py", tmp_path_factory.mktemp("batch"))
+    module.ContinuousBatchingPipeline = functools.partial(
+        openvino_genai.ContinuousBatchingPipeline, properties=EXACT
+    )
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +72,20 @@ def test_the_program_answers_three_prompts(tmp_path):
     assert "yellow" in output and len(output.splitlines()) >= 3
 
 
-@pytest.mark.parametrize(("name", "lines"), [("batch.py", 125), ("serve.py", 105)])
-def test_the_program_has_at_most_so_many_lines(name, lines):
-    assert len([line for line in RECIPES[name].splitlines() if line]) <= lines
-
-
 @pytest.mark.parametrize("name", FAMILIES + GGUF)
 def test_100_answers_at_once_are_those_of_stream(load_batch, load_pipe, choose, name):
     batch = load_batch(name)
-    pipe = load_pipe(name, **PROPERTIES["paged attention"])
+    pipe = load_pipe(name, **PROPERTIES["paged attention"], **EXACT)
     prompts = [f"{PROMPTS[number % 3]} {number}" for number in range(choose(12, 100))]
     expected = ["".join(stream(pipe, prompt, make_config(pipe, 40))) for prompt in prompts]
     received = asyncio.run(answers(batch, prompts))
     same = sum(map(str.__eq__, received, expected))
-    # Batches round differently, and random weights have more close calls.
-    assert len(prompts) - same <= (choose(2, 5) if name == "tiny-llama" else choose(4, 15))
+    # Batches round differently, and random weights have close calls.
+    assert len(prompts) - same <= (0 if name == "tiny-llama" else choose(4, 15))
 
 
 def test_messages_of_a_chat_are_a_prompt(batch, load_pipe):
-    pipe = load_pipe("tiny-llama", **PROPERTIES["paged attention"])
+    pipe = load_pipe("tiny-llama", **PROPERTIES["paged attention"], **EXACT)
     history = openvino_genai.ChatHistory(MESSAGES)
     expected = "".join(stream(pipe, history, make_config(pipe, 40)))
     assert asyncio.run(answer(batch, MESSAGES)) == expected
@@ -126,6 +126,22 @@ def test_200_cancelled_at_random_leave_nothing_behind(batch):
     wait_for(lambda: batch.pipe.get_metrics().requests == 0)
     wait_for(lambda: batch.pipe.get_metrics().cache_usage == 0)
     assert threading.active_count() <= threads  # Those of another `Batch` may have ended.
+
+
+def test_a_reader_that_is_late_gets_all_that_waits_as_one_chunk(batch):
+    """Or a loop with more chunks than it can send would fall behind, further with each."""
+
+    async def main() -> str:
+        usage = {}
+        chunks = batch.stream(SUN, make_config(batch.pipe, 1_000_000), usage)
+        await anext(chunks)
+        while usage["completion_tokens"] < 300:
+            await asyncio.sleep(0.01)
+        late = await anext(chunks)
+        await chunks.aclose()
+        return late
+
+    assert len(asyncio.run(asyncio.wait_for(main(), timeout=60))) > 300
 
 
 def test_leaving_the_loop_stops_the_generation(batch):
@@ -459,16 +475,9 @@ def events_of(response: httpx.Response) -> list[dict]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-async def read(client, server, prompt: str) -> str:
-    text, body = "", question(prompt, stream=True)
-    url = f"{server.url}/v1/chat/completions"
-    async with client.stream("POST", url, json=body) as response:
-        assert response.status_code == 200
-        assert response.headers["content-type"].startswith("text/event-stream")
-        async for line in response.aiter_lines():
-            if line and line != "data: [DONE]":
-                delta = json.loads(line.removeprefix("data: "))["choices"][0]["delta"]
-                text += delta.get("content", "")
+async def read_whole(session, server) -> str:
+    status, text = await read(session, server.url)
+    assert status == 200
     return text
 
 
@@ -634,10 +643,10 @@ def test_an_api_key_is_asked_for_if_there_is_one(tmp_path, monkeypatch):
 def test_100_clients_at_once_get_their_whole_texts(server, choose):
     async def main():
         async with client() as session:
-            reading = (read(session, server, SUN) for _ in range(choose(20, 100)))
+            reading = (read_whole(session, server) for _ in range(choose(20, 100)))
             return await asyncio.gather(*reading)
 
-    texts = asyncio.run(main())
+    texts = asyncio.run(asyncio.wait_for(main(), timeout=100))
     assert all("yellow" in text for text in texts)
     assert len(set(texts)) <= 5  # Batches round differently.
 
@@ -671,14 +680,14 @@ def test_a_client_that_leaves_stops_its_generation(endless_server, prompt, strea
                 await asyncio.sleep(0.05)
             asking.cancel()
 
-    asyncio.run(main())
+    asyncio.run(asyncio.wait_for(main(), timeout=100))
     wait_for(lambda: endless_server.running() == 0)
 
 
 def test_200_clients_that_give_up_and_slow_readers_block_nobody(endless_server, choose):
     async def give_up(session) -> None:
         with contextlib.suppress(asyncio.TimeoutError):  # Another one on Python 3.10.
-            await asyncio.wait_for(read(session, endless_server, SUN), random.random() * 2)
+            await asyncio.wait_for(read_whole(session, endless_server), random.random() * 2)
 
     async def main():
         url = f"{endless_server.url}/v1/chat/completions"
@@ -692,7 +701,7 @@ def test_200_clients_that_give_up_and_slow_readers_block_nobody(endless_server, 
             for response in unread:
                 await response.aclose()
 
-    asyncio.run(main())
+    asyncio.run(asyncio.wait_for(main(), timeout=100))
     wait_for(lambda: endless_server.running() == 0)
 
 
@@ -701,7 +710,7 @@ def test_200_clients_that_give_up_and_slow_readers_block_nobody(endless_server, 
 def test_a_signal_ends_the_server_while_it_streams(tmp_path, number):
     async def main(server) -> float:
         async with client() as session:
-            streams = [asyncio.create_task(read(session, server, SUN)) for _ in range(5)]
+            streams = [asyncio.create_task(read_whole(session, server)) for _ in range(5)]
             while (await session.get(f"{server.url}/requests")).json() < 5:
                 await asyncio.sleep(0.05)
             os.kill(server.process.pid, number)
@@ -711,5 +720,7 @@ def test_a_signal_ends_the_server_while_it_streams(tmp_path, number):
             return time.monotonic() - start
 
     with Server(tmp_path, SERVE_ENDLESS) as server:
-        assert asyncio.run(main(server)) < 20  # They would take hours. About 2.5 s here.
+        assert (
+            asyncio.run(asyncio.wait_for(main(server), timeout=100)) < 20
+        )  # They would take hours. About 2.5 s here.
         assert server.process.returncode in (0, -number)

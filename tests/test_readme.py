@@ -69,6 +69,15 @@ def test_what_is_not_folded_has_at_most_300_lines():
     assert len(unfolded.splitlines()) <= 300
 
 
+LINES = {"talk.py": 25, "batch.py": 130, "serve.py": 105, "cluster.py": 25, "haproxy.cfg": 21}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_program_has_at_most_so_many_lines(name):
+    """With the one that has its name, but without those that are blank."""
+    assert len([line for line in RECIPES[name].splitlines() if line]) <= LINES[name]
+
+
 def test_files_exist():
     names = re.findall(r"`((?:tests/|\.ci/|\.github/)[\w./-]*|[\w-]+\.(?:py|txt))`", README)
     assert len(names) > 10
