@@ -151,24 +151,24 @@ def main() -> None:
     parser.add_argument("prompt", metavar='"prompt in quotes"', help='"-" reads it from stdin')
     parser.add_argument("--device", type=str.upper, default="CPU", help="CPU (default), GPU, NPU")
     args = parser.parse_args()
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    known = ", ".join([*openvino.Core().available_devices, "AUTO", "BATCH", "HETERO", "MULTI"])
-    names = () if args.model.lower().endswith(".gguf") else ("model", "tokenizer", "detokenizer")
-    xmls = [os.path.join(args.model, f"openvino_{name}.xml") for name in names]
-    lost = [xml for xml in xmls if not os.path.exists(xml) or os.path.getsize(xml) < 1000]
-    absent = [name for name in re.findall("[A-Z]+", args.device) if name not in known]
-    problems = {  # The library would report them in many lines, or late.
-        "the prompt is empty": not prompt.strip(),
-        "the prompt is not valid Unicode": re.search("[\ud800-\udfff]", prompt),
-        "stdout is closed": not sys.stdout,
-        f"there is no {', '.join(absent)} here. Available devices: {known}": absent,
-        f"no whole {''.join(lost[:1])}: give the folder of a downloaded or converted model": lost,
-    }
-    for problem in filter(problems.get, problems):
-        sys.exit(f"error: {problem}")
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # "?" for what it cannot show.
     log = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - print would use stdout.
     try:
+        prompt = getattr(sys.stdin, "read", str)() if args.prompt == "-" else args.prompt
+        known = ", ".join([*openvino.Core().available_devices, "AUTO", "BATCH", "HETERO", "MULTI"])
+        kinds = ("model", "tokenizer", "detokenizer") * (not args.model.lower().endswith(".gguf"))
+        xmls = [os.path.join(args.model, f"openvino_{kind}.xml") for kind in kinds]
+        lost = [xml for xml in xmls if not os.path.exists(xml) or os.path.getsize(xml) < 1000]
+        absent = [name for name in re.findall("[A-Z]+", args.device) if name not in known]
+        problems = {  # The library would report them in many lines, or late.
+            "the prompt is empty": not prompt.strip(),
+            "the prompt is not valid Unicode": re.search("[\ud800-\udfff]", prompt),
+            "stdout is closed": not sys.stdout,
+            f"there is no {', '.join(absent)} here. Available devices: {known}": absent,
+            f"no whole {''.join(lost[:1])}: give the folder of a converted model": lost,
+        }
+        for problem in filter(problems.get, problems):
+            sys.exit(f"error: {problem}")
+        getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # "?" for what it cannot show.
         print(f"Loading {args.model} on {args.device} ...", file=log, flush=True)
         pipe = openvino_genai.LLMPipeline(args.model, args.device)
         config = pipe.get_generation_config()  # Of the model; what is not set here, stays.

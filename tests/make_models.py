@@ -5,7 +5,7 @@
     python tests/make_models.py
 
 It trains a tokenizer and a small LLaMA on the text in `training_text.py`, and exports them with
-`optimum-cli` as a user would. Seeds are fixed. It takes about ten minutes on two cores.
+`optimum-cli` as a user would. Seeds are fixed. It takes about twenty minutes on two cores.
 """
 
 import argparse

@@ -295,7 +295,7 @@ def overwrite(name, content):
     return damage
 
 
-NONE = "give the folder of a downloaded or converted model"
+NONE = "give the folder of a converted model"
 BAD_MODELS = {
     "does not exist": (shutil.rmtree, ["no whole", "openvino_model.xml", NONE]),
     "is empty": (
@@ -390,6 +390,28 @@ def test_a_bad_prompt_is_explained_in_one_line(run_script, prompt, message):
     process = run_script(MODEL, prompt)
     assert process.stderr == f"error: the prompt is {message}\n"
     assert process.returncode == 1 and process.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"), [("utf-8", "codec"), ("utf-8:surrogateescape", "not valid Unicode")]
+)
+def test_bad_bytes_on_stdin_are_explained_in_one_line(tmp_path, start, encoding, message):
+    (tmp_path / "prompt").write_bytes(b"Why \xff?")
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    with (tmp_path / "prompt").open("rb") as stdin:
+        process = start(SCRIPT, MODEL, "-", stdin=stdin, env=environment)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and output == b""
+    assert errors.startswith(b"error: ") and message.encode() in errors
+    assert len(errors.splitlines()) == 1
+
+
+@posix
+def test_a_closed_stdin_is_an_empty_prompt(start):
+    process = start("sh", "-c", f'exec "{sys.executable}" "{SCRIPT}" "{MODEL}" - <&-')
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (1, b"")
+    assert errors == b"error: the prompt is empty\n"
 
 
 @pytest.mark.parametrize("prompt", [HELLO, "你好，Привет 👋"])
