@@ -503,6 +503,7 @@ def test_stop_in_gradio_stops_the_generation(changed_page):
 
 
 @posix
-def test_control_c_ends_the_page(page):
+def test_control_c_ends_the_page(changed_page):
+    page = changed_page({})
     page.process.send_signal(2)
     assert page.process.wait(timeout=30) in (0, 130, -2)
