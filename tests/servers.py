@@ -115,7 +115,7 @@ class Ray:
         self.environment |= {
             "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy.sh"),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # And not 30.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # By default 30, for each node.
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
