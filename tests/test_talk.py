@@ -59,22 +59,26 @@ def test_it_answers_and_ends_at_the_prompt(tmp_path, key):
     assert terminal.end() == 0 and "Traceback" not in terminal.shown
 
 
+def told(terminal) -> list[str]:
+    """Return the roles of the messages that are not empty."""
+    return terminal.wait_for(r"\nmessages [a-z ]+\n> ").splitlines()[-2].split()[1:]
+
+
 @posix
 def test_control_c_ends_an_answer_and_keeps_what_has_come(tmp_path):
     """The next prompt is another message, behind the part of an answer."""
     tell = {
         r"        messages\.append\(answer\)": "        messages.append(answer)\n"
         "        config.max_new_tokens, config.ignore_eos = 40, False\n"
-        "        print('messages', [(m['role'], len(m['content']) > 0) for m in messages])"
+        "        print('messages', *(m['role'] for m in messages if m['content']))"
     }
     terminal = Terminal(tmp_path, ENDLESS | tell)
     terminal.wait_for("> ")
     terminal.press(SUN + "\n")
     terminal.wait_for("yellow.*yellow")
     terminal.press(CONTROL_C)
-    shown = terminal.wait_for("messages .*\n> ")
-    assert shown.count("True") == 3 and "'assistant', True" in shown
+    assert told(terminal) == ["system", "user", "assistant"]
     terminal.press("Say hello in Chinese, Russian and emoji.\n")
-    assert terminal.wait_for("messages .*\n> ").count("'assistant', True") == 2
+    assert told(terminal) == ["system", "user", "assistant"] + ["user", "assistant"]
     terminal.press(CONTROL_D)
     assert terminal.end() == 0
