@@ -164,7 +164,7 @@ def main() -> None:
             "the prompt is not valid Unicode": re.search("[\ud800-\udfff]", prompt),
             "stdout is closed": not sys.stdout,
             f"there is no {', '.join(absent)} here. Available devices: {known}": absent,
-            f"no whole {''.join(lost[:1])}: give the folder of a converted model": lost,
+            f"no whole {''.join(lost[:1])}: give a downloaded or converted model's folder": lost,
         }
         for problem in filter(problems.get, problems):
             sys.exit(f"error: {problem}")

@@ -295,7 +295,7 @@ def overwrite(name, content):
     return damage
 
 
-NONE = "give the folder of a converted model"
+NONE = "give a downloaded or converted model's folder"
 BAD_MODELS = {
     "does not exist": (shutil.rmtree, ["no whole", "openvino_model.xml", NONE]),
     "is empty": (
