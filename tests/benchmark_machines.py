@@ -2,8 +2,8 @@
 
     python tests/benchmark_machines.py
 
-In the environment of the recipes for other hosts; in one run on one machine, in turns. Ray's
-server is another process, which the others leave alone meanwhile.
+In the environment of the recipes for other hosts; in one run on one machine, in turns. HAProxy
+leads to the same server as without it, Ray to one of its own.
 """
 
 import asyncio

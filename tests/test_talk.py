@@ -30,7 +30,8 @@ class Terminal:
         """Return what is shown up to it, and forget it."""
         deadline = time.monotonic() + 60
         while not (match := re.search(pattern, self.shown, re.DOTALL)):
-            ready, _, _ = select.select([self.keys], [], [], deadline - time.monotonic())
+            seconds = max(0, deadline - time.monotonic())
+            ready, _, _ = select.select([self.keys], [], [], seconds)
             assert ready, self.shown
             self.shown += os.read(self.keys, 10_000).decode(errors="replace").replace("\r", "")
         text, self.shown = self.shown[: match.end()], self.shown[match.end() :]
