@@ -2,8 +2,6 @@
 """Stream the answer of a large language model, chosen by random sampling, with OpenVINO GenAI."""
 
 import argparse
-import contextlib
-import errno
 import os
 import queue
 import re
@@ -11,15 +9,15 @@ import signal
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import nullcontext, suppress
+from tempfile import TemporaryDirectory
+from weakref import WeakKeyDictionary
 
 interactive = hasattr(sys, "ps1") or sys.flags.interactive
 if __name__ == "__main__" and not interactive and signal.getsignal(2) != signal.SIG_IGN:
-    # Ctrl+C ends the process at once, also inside the library, where Python would not see it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Before the imports below, which are slow.
-
-import openvino
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C ends it at once, also in the library.
+import openvino  # Slow: Ctrl+C is to end this, too.
 import openvino_genai
 from openvino_genai import StreamingStatus, Tokenizer
 
@@ -49,7 +47,7 @@ class IterableStreamer(openvino_genai.StreamerBase):
     def __next__(self) -> str:
         """Return the next chunk, once there is one. Raise what went wrong in `write` or `end`."""
         while True:  # Wait in slices: between them, Python sees interrupts that do not wake it.
-            with contextlib.suppress(queue.Empty):
+            with suppress(queue.Empty):
                 if isinstance(chunk := self._chunks.get(timeout=0.1), str):
                     return chunk
                 self._chunks.put(None)  # The end stays the end, for every reader.
@@ -81,7 +79,7 @@ class IterableStreamer(openvino_genai.StreamerBase):
             # A later token can complete a character, or remove a space: " n" + "'t" -> "n't".
             stable = text if self.ended else re.sub(r"(\ufffd{1,3}| (n'?|'[rv]?)?)\Z", "", text)
             end = len(stable)
-            for stop in self._stop_strings:  # One that has begun waits for its rest.
+            for stop in self._stop_strings:  # One that has begun waits. The library misses it.
                 starts = range(self._yielded, len(stable) + (1 - len(stop)) * bool(self.ended))
                 begun = (n for n in starts if stop.startswith(stable[n : n + len(stop)]))
                 end = min(end, next(begun, end))
@@ -104,8 +102,7 @@ class IterableStreamer(openvino_genai.StreamerBase):
     cancel = end  # A generation that still runs stops at its next token.
 
 
-# The lock of each pipeline: it answers one prompt at a time.
-TURNS: weakref.WeakKeyDictionary[object, threading.Lock] = weakref.WeakKeyDictionary()
+TURNS: WeakKeyDictionary[object, threading.Lock] = WeakKeyDictionary()  # A lock for each pipeline.
 openvino.Tensor(openvino.Type.i64, [1]).data  # noqa: B018 - two threads that use it first, freeze.
 
 
@@ -122,14 +119,13 @@ def stream(
     the generator has a name, closing it does: `with contextlib.closing(stream(...)) as chunks:`.
     """
     streamer = IterableStreamer(pipe.get_tokenizer(), config.stop_strings)
+    inputs = [prompt] if isinstance(prompt, str) else prompt  # A list brings all results.
 
     def generate() -> None:
         try:
             with TURNS.setdefault(pipe, threading.Lock()):
                 if streamer.write([]) == StreamingStatus.RUNNING:  # The caller has not left yet.
-                    # A list brings all results. The library misses stop strings in parts.
-                    inputs = [prompt] if isinstance(prompt, str) else prompt
-                    done(pipe.generate(inputs, config, streamer, stop_strings=set()))
+                    done(pipe.generate(inputs, config, streamer, stop_strings=set()))  # See `show`.
         except BaseException as error:  # noqa: BLE001 - raised again on the thread that reads.
             streamer.end()  # `generate` does not call it when it refuses its arguments.
             streamer.put(error)
@@ -155,22 +151,26 @@ def main() -> None:
     try:
         prompt = getattr(sys.stdin, "read", str)() if args.prompt == "-" else args.prompt
         known = ", ".join([*openvino.Core().available_devices, "AUTO", "BATCH", "HETERO", "MULTI"])
-        kinds = ("model", "tokenizer", "detokenizer") * (not args.model.lower().endswith(".gguf"))
-        xmls = [os.path.join(args.model, f"openvino_{kind}.xml") for kind in kinds]
-        lost = [xml for xml in xmls if not os.path.exists(xml) or os.path.getsize(xml) < 1000]
+        path = re.sub("(?i)[.]gguf$", ".gguf", args.model)  # The library knows only this spelling.
+        kinds = ("model", "tokenizer", "detokenizer") * (not path.endswith(".gguf"))
+        files = [os.path.join(args.model, f"openvino_{kind}.xml") for kind in kinds] or [args.model]
+        lost = next((f for f in files if not os.path.exists(f) or os.path.getsize(f) < 1000), "")
         absent = [name for name in re.findall("[A-Z]+", args.device) if name not in known]
         problems = {  # The library would report them in many lines, or late.
             "the prompt is empty": not prompt.strip(),
             "the prompt is not valid Unicode": re.search("[\ud800-\udfff]", prompt),
             "stdout is closed": not sys.stdout,
             f"there is no {', '.join(absent)} here. Available devices: {known}": absent,
-            f"no whole {''.join(lost[:1])}: give a downloaded or converted model's folder": lost,
+            f"{lost} is missing or cut: give a downloaded or converted model folder or GGUF": lost,
         }
         for problem in filter(problems.get, problems):
             sys.exit(f"error: {problem}")
         getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # "?" for what it cannot show.
         print(f"Loading {args.model} on {args.device} ...", file=log, flush=True)
-        pipe = openvino_genai.LLMPipeline(args.model, args.device)
+        with nullcontext() if os.path.exists(path) else TemporaryDirectory() as folder:
+            if folder:
+                os.symlink(os.path.abspath(args.model), path := os.path.join(folder, "x.gguf"))
+            pipe = openvino_genai.LLMPipeline(path, args.device)
         config = pipe.get_generation_config()  # Of the model; what is not set here, stays.
         config.max_new_tokens = 100  # Stop here, if the model does not stop before.
         config.do_sample = True  # Choose each token at random. False takes the most probable one.
@@ -191,7 +191,7 @@ def main() -> None:
     except (RuntimeError, UnicodeError) as error:  # Its last line has no places in C++ sources.
         sys.exit(f"error: {args.model} on {args.device}: {str(error).strip().splitlines()[-1]}")
     except OSError as error:  # That the reader of stdout has gone, as in `| head`, is no error.
-        if error.errno not in (errno.EPIPE, errno.EINVAL):
+        if not isinstance(error, BrokenPipeError) and error.errno != 22:  # EINVAL, on Windows.
             print(f"error: {error}", file=log)
         os._exit(1)  # sys.exit would write to stdout again, and fail again.
 

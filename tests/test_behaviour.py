@@ -266,7 +266,7 @@ def test_a_closed_stdout_is_an_error_and_a_closed_stderr_is_none():
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode there")
 def test_a_folder_whose_name_is_not_unicode(run_script, tmp_path):
     folder = os.fsencode(tmp_path) + b"/\xff"
-    assert_one_clear_line(run_script(os.fsdecode(folder), SUN), "no whole", r"\udcff")
+    assert_one_clear_line(run_script(os.fsdecode(folder), SUN), "missing", r"\udcff")
     shutil.copytree(os.fsencode(MODEL), folder)
     assert run_script(os.fsdecode(folder), SUN).stdout.strip()
     os.unlink(folder + b"/openvino_model.bin")
@@ -295,30 +295,30 @@ def overwrite(name, content):
     return damage
 
 
-NONE = "give a downloaded or converted model's folder"
+NONE = "give a downloaded or converted model folder"
 BAD_MODELS = {
-    "does not exist": (shutil.rmtree, ["no whole", "openvino_model.xml", NONE]),
+    "does not exist": (shutil.rmtree, ["openvino_model.xml is missing or cut", NONE]),
     "is empty": (
         lambda folder: [file.unlink() for file in folder.iterdir()],
-        ["no whole", "openvino_model.xml", NONE],
+        ["openvino_model.xml is missing or cut", NONE],
     ),
     "never converted": (
         remove("openvino_model.xml", "openvino_model.bin"),
-        ["no whole", "openvino_model.xml", NONE],
+        ["openvino_model.xml is missing or cut", NONE],
     ),
-    "no tokenizer": (remove("openvino_tokenizer.xml"), ["no whole", "openvino_tokenizer.xml"]),
+    "no tokenizer": (remove("openvino_tokenizer.xml"), ["openvino_tokenizer.xml is missing"]),
     "no detokenizer": (
         remove("openvino_detokenizer.xml"),
-        ["no whole", "openvino_detokenizer.xml"],
+        ["openvino_detokenizer.xml is missing"],
     ),
     "cut xml": (cut("openvino_model.xml", 200_000), ["tags mismatch"]),
     "cut bin": (cut("openvino_model.bin", 100_000), ["Incorrect weights"]),
     "no bin": (cut("openvino_model.bin", 0), ["Incorrect weights"]),
     "cut tokenizer": (cut("openvino_tokenizer.xml", 5_000), ["tags mismatch"]),
-    "empty xml": (cut("openvino_model.xml", 0), ["no whole"]),
+    "empty xml": (cut("openvino_model.xml", 0), ["openvino_model.xml is missing or cut"]),
     "Git LFS pointer": (
         overwrite("openvino_model.xml", b"version https://git-lfs.github.com/spec/v1\n"),
-        ["no whole"],
+        ["openvino_model.xml is missing or cut"],
     ),
     "damaged generation config": (overwrite("generation_config.json", b"{"), ["parse error"]),
 }
@@ -351,12 +351,16 @@ def test_a_path_that_is_no_folder_is_explained_in_one_line(run_script, path):
     assert process.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [None, b"", b"x" * 1000])
-def test_a_bad_gguf_file_is_explained_without_a_word_on_devices(run_script, tmp_path, content):
+@pytest.mark.parametrize("name", ["x.gguf", "x.GGUF"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "is missing"), (b"", "is missing or cut"), (b"x" * 1000, "Failed to open")],
+)
+def test_a_bad_gguf_file_is_explained_without_devices(run_script, tmp_path, name, content, reason):
     if content is not None:
-        (tmp_path / "x.gguf").write_bytes(content)
-    process = run_script(tmp_path / "x.gguf", SUN)
-    assert_one_clear_line(process, "Failed to open", "x.gguf")
+        (tmp_path / name).write_bytes(content)
+    process = run_script(tmp_path / name, SUN)
+    assert_one_clear_line(process, str(tmp_path / name), reason)
     assert "device" not in process.stderr
 
 

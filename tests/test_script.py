@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import os
 import re
 import shutil
 
@@ -53,8 +54,22 @@ def test_it_runs_a_gguf_file(run_script, name):
     assert process.stderr.startswith(f"Loading {MODELS / name} on CPU ...\n")
 
 
-def test_four_runs_print_four_texts(run_script):
-    assert len({run_script(MODEL, SUN).stdout for _ in range(4)}) == 4
+@pytest.mark.parametrize("name", ["tiny.GGUF", "tiny.Gguf"])
+def test_it_runs_a_gguf_file_however_its_name_is_spelled(run_script, tmp_path, name):
+    """The library knows only `.gguf`. Nothing stays behind."""
+    (tmp_path / "temporary").mkdir()
+    shutil.copyfile(MODELS / GGUF[0], tmp_path / name)
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    process = run_script(name, SUN, cwd=tmp_path, env=environment, encoding=None)
+    assert process.returncode == 0
+    assert process.stdout.strip()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["temporary", name]
+    assert not any((tmp_path / "temporary").iterdir())
+
+
+def test_runs_print_different_texts(run_script):
+    """Two of four may be the same by chance: the model does not know many."""
+    assert len({run_script(MODEL, SUN).stdout for _ in range(4)}) > 1
 
 
 def test_settings_of_the_model_stay_in_force(run_script, tmp_path):
