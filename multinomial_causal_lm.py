@@ -168,7 +168,7 @@ def main() -> None:
         getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # "?" for what it cannot show.
         print(f"Loading {args.model} on {args.device} ...", file=log, flush=True)
         with nullcontext() if os.path.exists(path) else TemporaryDirectory() as folder:
-            if folder:
+            if folder:  # Here, x.GGUF is another name: link to it for as long as it loads.
                 os.symlink(os.path.abspath(args.model), path := os.path.join(folder, "x.gguf"))
             pipe = openvino_genai.LLMPipeline(path, args.device)
         config = pipe.get_generation_config()  # Of the model; what is not set here, stays.
