@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 
 import httpx
 from conftest import wait_for
-from families import ROOT, SUN
+from families import ROOT, SCRIPT, SUN
 from recipes import README, save
 
 PROBE = """
@@ -110,8 +111,7 @@ class Ray:
         changes["num_replicas=2"] = f"num_replicas={machines}"
         save(folder, "cluster.py", changes=changes)
         (folder / "probe.py").write_text(probe, encoding="utf-8")
-        script = (ROOT / "multinomial_causal_lm.py").read_text(encoding="utf-8")
-        (folder / "multinomial_causal_lm.py").write_text(script, encoding="utf-8")
+        shutil.copy(SCRIPT, folder)
         self.environment |= {
             "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy.sh"),

@@ -108,9 +108,10 @@ def states(url: str) -> dict[int, list]:
             return await asyncio.gather(*asking, return_exceptions=True)
 
     def both() -> bool:
-        answers = asyncio.run(ask())
-        answers = [answer.json() for answer in answers if isinstance(answer, httpx.Response)]
-        found.update((answer[0], answer[1:]) for answer in answers if isinstance(answer, list))
+        for answer in asyncio.run(ask()):  # Or an error, or a 503, while there is no machine.
+            if isinstance(answer, httpx.Response) and answer.status_code == 200:
+                process, *state = answer.json()
+                found[process] = state
         return len(found) == 2
 
     found = {}

@@ -3,7 +3,6 @@
 import ast
 import itertools
 import json
-import os
 import re
 import shutil
 
@@ -55,12 +54,12 @@ def test_it_runs_a_gguf_file(run_script, name):
 
 
 @pytest.mark.parametrize("name", ["tiny.GGUF", "tiny.Gguf"])
-def test_it_runs_a_gguf_file_however_its_name_is_spelled(run_script, tmp_path, name):
+def test_it_runs_a_gguf_file_however_its_name_is_spelled(run_script, tmp_path, name, monkeypatch):
     """The library knows only `.gguf`. Nothing stays behind."""
     (tmp_path / "temporary").mkdir()
     shutil.copyfile(MODELS / GGUF[0], tmp_path / name)
-    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
-    process = run_script(name, SUN, cwd=tmp_path, env=environment, encoding=None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    process = run_script(name, SUN, cwd=tmp_path)
     assert process.returncode == 0
     assert process.stdout.strip()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["temporary", name]
