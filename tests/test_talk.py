@@ -4,6 +4,7 @@ import os
 import re
 import select
 import sys
+import threading
 import time
 
 import pytest
@@ -37,11 +38,21 @@ class Terminal:
         text, self.shown = self.shown[: match.end()], self.shown[match.end() :]
         return text
 
-    def end(self) -> int:
-        """Return the status with which it ends."""
+    def end_by(self, key: str) -> int:
+        """Press a key until it ends, and return its status.
+
+        Python's `input` shows its prompt a moment before it notices Ctrl+C.
+        """
+        reader = threading.Thread(target=self.read_all, daemon=True)
+        reader.start()
+        while reader.is_alive():
+            self.press(key)
+            reader.join(timeout=5)
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+    def read_all(self) -> None:
         for part in read_terminal(self.keys):
             self.shown += part.decode(errors="replace")
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
 
 
 CONTROL_C, CONTROL_D = "\x03", "\x04"
@@ -56,8 +67,7 @@ def test_it_answers_and_ends_at_the_prompt(tmp_path, key):
     assert "yellow" in terminal.wait_for("\n> ").replace(SUN, "")
     terminal.press("Say hello in Chinese, Russian and emoji.\n")
     assert "усски" in terminal.wait_for("\n> ")
-    terminal.press(key)
-    assert terminal.end() == 0 and "Traceback" not in terminal.shown
+    assert terminal.end_by(key) == 0 and "Traceback" not in terminal.shown
 
 
 def told(terminal) -> list[str]:
@@ -81,5 +91,4 @@ def test_control_c_ends_an_answer_and_keeps_what_has_come(tmp_path):
     assert told(terminal) == ["system", "user", "assistant"]
     terminal.press("Say hello in Chinese, Russian and emoji.\n")
     assert told(terminal) == ["system", "user", "assistant"] + ["user", "assistant"]
-    terminal.press(CONTROL_D)
-    assert terminal.end() == 0
+    assert terminal.end_by(CONTROL_D) == 0
