@@ -54,14 +54,15 @@ def make_streamer(name: str, tokenizer, texts: list[str]):
     streamer = IterableStreamer(tokenizer)
 
     def read():
-        while not streamer._chunks.empty() and (chunk := streamer._chunks.get()):
+        while not streamer._queue.empty() and (chunk := streamer._queue.get()):
             texts.append(chunk)
 
     return streamer, read
 
 
 def progress(text: str) -> None:
-    print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
 
 
 def time_generation() -> tuple[float, dict[str, tuple[float, float]]]:
@@ -185,8 +186,8 @@ def main() -> None:
             kinds = itertools.product((SENTENCEPIECE, BYTE_LEVEL), (tokens_of_text, random_tokens))
             changed.append([name, *(count_changed(name, *kind) for kind in kinds)])
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
-    progress("")
-    print(f"\rA token takes {token * 1e3:.2f} ms with a streamer that does nothing.\n")
+    progress("\r")
+    print(f"A token takes {token * 1e3:.2f} ms with a streamer that does nothing.\n")
     for table in rows, changed:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         table.insert(1, ["-" * width for width in widths])

@@ -9,7 +9,7 @@ import weakref
 import hypothesis
 import openvino_genai
 import pytest
-from families import MODELS, SCRIPT
+from families import SCRIPT, path_of
 from recipes import change
 
 from multinomial_causal_lm import IterableStreamer
@@ -103,7 +103,7 @@ def load_pipe():
     def load(family: str, **properties) -> openvino_genai.LLMPipeline:
         key = family, *properties.items()
         if key not in pipes:
-            pipes[key] = openvino_genai.LLMPipeline(MODELS / family, "CPU", **properties)
+            pipes[key] = openvino_genai.LLMPipeline(path_of(family), "CPU", **properties)
         return pipes[key]
 
     return load

@@ -1,8 +1,12 @@
 """The families of models in tests/models, and what the tests and the benchmark feed to them."""
 
+import functools
 import itertools
 import json
+import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy
@@ -13,11 +17,37 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "multinomial_causal_lm.py"
 MODELS = ROOT / "tests" / "models"
 SENTENCEPIECE, BYTE_LEVEL = ["tiny-llama", "tiny-chatglm"], ["tiny-llama3", "tiny-qwen"]
-FAMILIES = SENTENCEPIECE + BYTE_LEVEL
-GGUF = ["tiny-llama3.gguf", "tiny-qwen.gguf"]
+# The same with a pad token that has a text, as ChatGLM3 has it: see `path_of`.
+PADDED = ["tiny-chatglm-padded", "tiny-qwen-padded"]
+FAMILIES = SENTENCEPIECE + BYTE_LEVEL + PADDED
+GGUF = ["tiny-llama3.gguf", "tiny-qwen.gguf", "tiny-qwen-padded.gguf"]
 # Detokenizers that show nothing of half a character, or its bytes, in place of U+FFFD.
 DETOKENIZERS = ["tiny-llama-ignore", "tiny-llama-none", "tiny-qwen-ignore", "tiny-qwen-none"]
 sys.path.insert(0, str(ROOT))  # To import the script.
+COPIES = tempfile.TemporaryDirectory()  # Of models that are changed.
+
+
+@functools.cache
+def path_of(name: str) -> Path:
+    """Return the path of a model. Where it is "padded", make a copy that shows its pad token."""
+    original = MODELS / name.replace("-padded", "")
+    copy = Path(COPIES.name, name)
+    if "-padded" not in name:
+        return original
+    if name.endswith(".gguf"):
+        key = b"tokenizer.ggml.padding_token_id" + (4).to_bytes(4, "little")  # A number follows.
+        before, after = original.read_bytes().split(key)
+        copy.write_bytes(before + key + (2).to_bytes(4, "little") + after[4:])
+        return copy
+    shutil.copytree(original, copy)
+    token = 0 if "chatglm" in name else 2  # "<unk>", and "!".
+    for part in "tokenizer", "detokenizer":
+        xml = copy / f"openvino_{part}.xml"
+        text = re.sub(r"<pad_token_id .*/>", "", xml.read_text(encoding="utf-8"))
+        text = text.replace("<rt_info>", f'<rt_info><pad_token_id value="{token}" />')
+        xml.write_text(text, encoding="utf-8")
+    return copy
+
 
 # Prompts that the shipped model answers.
 SUN = "Why is the Sun yellow?"
@@ -59,7 +89,7 @@ class Tokenizer:
     """A tokenizer of tests/models that keeps an account of its work."""
 
     def __init__(self, name: str) -> None:
-        family = name.removesuffix(".gguf").removesuffix("-ignore").removesuffix("-none")
+        family = re.sub(r"\.gguf|-ignore|-none|-padded", "", name)
         if name in DETOKENIZERS:
             detokenizer = MODELS / "detokenizers" / f"{name}.xml"
             files = [MODELS / family / "openvino_tokenizer.xml", detokenizer]
@@ -71,7 +101,7 @@ class Tokenizer:
             arguments = tokenizer, weights[0], detokenizer, weights[1]
             self.tokenizer = openvino_genai.Tokenizer(*arguments)
         else:
-            self.tokenizer = openvino_genai.Tokenizer(MODELS / name)
+            self.tokenizer = openvino_genai.Tokenizer(path_of(name))
         config = json.loads((MODELS / family / "config.json").read_text(encoding="utf-8"))
         self.size = config["vocab_size"]
         self.texts = self.tokenizer.decode([[token] for token in range(self.size)])

@@ -73,8 +73,8 @@ def test_control_c_while_the_model_loads(start, tmp_path):
 
 @posix
 def test_control_c_while_the_prompt_is_processed(start, changed_script):
-    loop = "for chunk in stream("
-    marker = {re.escape(loop): f"print('prompt', flush=True)\n        {loop}"}
+    loop = "    for chunk in stream("
+    marker = {re.escape(loop): f"    print('prompt', flush=True)\n{loop}"}
     process = start(changed_script(marker), MODEL, "Why? " * 20_000)
     assert process.stdout.read(7) == b"prompt\n"
     output, errors = interrupt(process)
@@ -108,6 +108,16 @@ def test_a_closed_pipe_ends_it_silently(endless_script):
     process = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60, check=True)
     assert len(process.stdout) == 20
     assert process.stderr.decode() == f"Loading {MODEL} on CPU ...\n"
+
+
+@posix
+def test_a_full_disk_is_an_error_of_one_line():
+    command = f'"{sys.executable}" "{SCRIPT}" "{MODEL}" "{SUN}" > /dev/full'
+    process = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode == 1
+    assert re.fullmatch(r"Loading .*\nerror: .*No space left on device\n", process.stderr)
 
 
 @pytest.fixture(params=["paged attention", "SDPA"])
@@ -178,10 +188,7 @@ class BrokenTokenizer:
         self.decodes -= 1
         if self.decodes < 0:
             raise LookupError("broken")
-        texts = self.tokenizer.decode(tokens)
-        if not texts[1].startswith("a"):  # The beginning of the answer is not forgotten yet.
-            self.text = texts[1]
-        return texts
+        return self.tokenizer.decode(tokens)
 
 
 class BrokenPipeline:
@@ -202,15 +209,16 @@ def test_an_exception_in_the_streamer_is_raised_where_the_chunks_are_read(
     with pytest.raises(LookupError, match="broken"):
         received.extend(stream(broken, SUN, config))
     join_all_but(before)
-    if decodes > 1:  # What the last decode showed is there, but for what might have changed.
-        assert "".join(received).startswith(broken.tokenizer.text[:-4]) and received
     assert len(writes) < 1000
+    if decodes:  # The text that was complete before is there.
+        whole = "".join(stream(pipe, SUN, make_config(pipe, 1000)))
+        assert received and whole.startswith("".join(received))
 
 
 def test_an_exception_in_end_is_raised_where_the_chunks_are_read(pipe, config):
     config.max_new_tokens = 1
     with pytest.raises(LookupError):
-        list(stream(BrokenPipeline(pipe, 2), SUN, config))
+        list(stream(BrokenPipeline(pipe, 1), SUN, config))
 
 
 @pytest.mark.parametrize(
@@ -248,28 +256,13 @@ def test_a_program_that_ends_with_an_unfinished_stream_ends_at_once(name):
     assert time.time() - float(process.stdout) < 10  # It would go on for many minutes.
 
 
-@posix
-def test_a_closed_stdout_is_an_error_and_a_closed_stderr_is_none():
-    def run(redirection: str) -> subprocess.CompletedProcess:
-        command = f'"{sys.executable}" "{SCRIPT}" "{MODEL}" "{SUN}" {redirection}'
-        shell = ["sh", "-c", command]
-        return subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False)
-
-    process = run(">&-")
-    assert process.returncode == 1
-    assert process.stderr == "error: stdout is closed\n"
-    process = run("2>&-")
-    assert process.returncode == 0
-    assert process.stdout and not re.search("Loading|tokens", process.stdout)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode there")
 def test_a_folder_whose_name_is_not_unicode(run_script, tmp_path):
     folder = os.fsencode(tmp_path) + b"/\xff"
-    assert_one_clear_line(run_script(os.fsdecode(folder), SUN), "missing", r"\udcff")
+    assert_one_clear_line(run_script(os.fsdecode(folder), SUN), "does not exist", r"\udcff")
     shutil.copytree(os.fsencode(MODEL), folder)
     assert run_script(os.fsdecode(folder), SUN).stdout.strip()
-    os.unlink(folder + b"/openvino_model.bin")
+    os.unlink(folder + b"/openvino_model.xml")
     assert_one_clear_line(run_script(os.fsdecode(folder), SUN), r"\udcff")
 
 
@@ -295,39 +288,29 @@ def overwrite(name, content):
     return damage
 
 
-NONE = "give a downloaded or converted model folder"
+NONE = "Give a folder with a model, or a GGUF file"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 BAD_MODELS = {
-    "does not exist": (shutil.rmtree, ["openvino_model.xml is missing or cut", NONE]),
-    "is empty": (
-        lambda folder: [file.unlink() for file in folder.iterdir()],
-        ["openvino_model.xml is missing or cut", NONE],
-    ),
-    "never converted": (
-        remove("openvino_model.xml", "openvino_model.bin"),
-        ["openvino_model.xml is missing or cut", NONE],
-    ),
-    "no tokenizer": (remove("openvino_tokenizer.xml"), ["openvino_tokenizer.xml is missing"]),
-    "no detokenizer": (
-        remove("openvino_detokenizer.xml"),
-        ["openvino_detokenizer.xml is missing"],
-    ),
-    "cut xml": (cut("openvino_model.xml", 200_000), ["tags mismatch"]),
-    "cut bin": (cut("openvino_model.bin", 100_000), ["Incorrect weights"]),
-    "no bin": (cut("openvino_model.bin", 0), ["Incorrect weights"]),
-    "cut tokenizer": (cut("openvino_tokenizer.xml", 5_000), ["tags mismatch"]),
-    "empty xml": (cut("openvino_model.xml", 0), ["openvino_model.xml is missing or cut"]),
-    "Git LFS pointer": (
-        overwrite("openvino_model.xml", b"version https://git-lfs.github.com/spec/v1\n"),
-        ["openvino_model.xml is missing or cut"],
-    ),
-    "damaged generation config": (overwrite("generation_config.json", b"{"), ["parse error"]),
+    "does not exist": (shutil.rmtree, NONE),
+    "is empty": (lambda folder: [file.unlink() for file in folder.iterdir()], "find a model"),
+    "never converted": (remove("openvino_model.xml", "openvino_model.bin"), "find a model"),
+    "no tokenizer": (remove("openvino_tokenizer.xml"), "openvino_tokenizer.xml was not provided"),
+    "no detokenizer": (remove("openvino_detokenizer.xml"), "Detokenizer model has not been"),
+    "cut xml": (cut("openvino_model.xml", 200_000), "tags mismatch"),
+    "cut bin": (cut("openvino_model.bin", 100_000), "Incorrect weights"),
+    "no bin": (cut("openvino_model.bin", 0), "Incorrect weights"),
+    "Git LFS pointer": (overwrite("openvino_model.bin", LFS_POINTER), "Incorrect weights"),
+    "cut tokenizer": (cut("openvino_tokenizer.xml", 5_000), "tags mismatch"),
+    "empty xml": (cut("openvino_model.xml", 0), "Unable to read the model"),
+    "damaged generation config": (overwrite("generation_config.json", b"{"), "parse error"),
 }
 
 
 def assert_one_clear_line(process, *words: str) -> None:
+    """With a line that says how it is called, or what was loaded, in front of it."""
     assert process.returncode in (1, 2)
     assert process.stdout == ""
-    assert len(process.stderr.splitlines()) <= 5
+    assert len(process.stderr.splitlines()) <= 2
     assert "Traceback" not in process.stderr
     assert not re.search(r"\.[ch]pp\b", process.stderr)
     for word in words:
@@ -339,65 +322,82 @@ def test_a_bad_model_is_explained_in_one_line(run_script, tmp_path, case):
     damage, words = BAD_MODELS[case]
     folder = shutil.copytree(MODEL, tmp_path / "model")
     damage(folder)
-    assert_one_clear_line(run_script(folder, SUN), str(folder), *words)
+    process = run_script(folder, SUN)
+    assert_one_clear_line(process, "error: ", words)
+    assert str(folder) in process.stderr
 
 
-@pytest.mark.parametrize(
-    "path", ["x" * 5000, "~/model", "Qwen/Qwen3-8B", MODEL / "openvino_model.xml"]
-)
-def test_a_path_that_is_no_folder_is_explained_in_one_line(run_script, path):
+@pytest.mark.parametrize("path", ["x" * 5000, "~/model", "Qwen/Qwen3-8B", "x.gguf"])
+def test_a_path_that_does_not_exist_is_explained_in_one_line(run_script, path):
     process = run_script(path, SUN)
-    assert_one_clear_line(process, str(path), NONE)
-    assert process.stderr.count("\n") == 1
+    assert process.stderr == f"error: {path} does not exist. {NONE}\n"
+    assert process.returncode == 1 and process.stdout == ""
 
 
-@pytest.mark.parametrize("name", ["x.gguf", "x.GGUF"])
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [(None, "is missing"), (b"", "is missing or cut"), (b"x" * 1000, "Failed to open")],
-)
-def test_a_bad_gguf_file_is_explained_without_devices(run_script, tmp_path, name, content, reason):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    process = run_script(tmp_path / name, SUN)
-    assert_one_clear_line(process, str(tmp_path / name), reason)
-    assert "device" not in process.stderr
+def test_a_file_of_a_model_is_no_model(run_script):
+    path = MODEL / "openvino_model.xml"
+    assert_one_clear_line(run_script(path, SUN), f"cannot load {path}", "find a model")
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 1000])
+def test_a_bad_gguf_file_is_explained_in_one_line(run_script, tmp_path, content):
+    (tmp_path / "x.gguf").write_bytes(content)
+    assert_one_clear_line(run_script(tmp_path / "x.gguf", SUN), "x.gguf", "Failed to open")
+
+
+def test_an_error_of_any_kind_while_the_model_loads_is_explained_in_one_line(run_script, tmp_path):
+    """A GGUF file without merges raises an `IndexError`."""
+    content = (MODELS / "tiny-qwen.gguf").read_bytes()
+    without = content.replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.nothin")
+    (tmp_path / "x.gguf").write_bytes(without)
+    assert_one_clear_line(run_script(tmp_path / "x.gguf", SUN), "cannot load", "map::at")
+
+
+def test_a_template_that_the_library_cannot_run_is_explained(run_script, tmp_path):
+    """With the library's reason, and not only the last line of it, which is "^"."""
+    folder = shutil.copytree(MODELS / "tiny-qwen", tmp_path / "model")
+    template = "{{ raise_exception('no roles, please') }}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    process = run_script(folder, SUN)
+    assert process.returncode == 1 and process.stdout == ""
+    _, message = process.stderr.split("\nerror: ")
+    assert "no roles, please" in message
+    assert not re.search(r"\.[ch]pp\b|Traceback", message)
 
 
 @pytest.mark.parametrize("device", ["XPU", "GPU.7", "NPU", "npu", "HETERO:XPU,CPU"])
 def test_a_device_that_is_not_there_is_explained_in_one_line(run_script, device):
     process = run_script(MODEL, SUN, "--device", device)
     absent = re.search("[GNX]PU", device.upper())[0]
-    expected = f"error: there is no {absent} here. Available devices: CPU, "
-    assert process.stderr.startswith(expected) and process.stderr.count("\n") == 1
+    assert process.stderr == f"error: there is no {absent} here. Available devices: CPU\n"
     assert process.returncode == 1
 
 
 @pytest.mark.parametrize("device", ["CPU.7", ""])
 def test_a_device_that_the_library_refuses_is_explained_in_one_line(run_script, device):
     process = run_script(MODEL, SUN, "--device", device)
-    assert_one_clear_line(process, f" on {device}: ", "evice")
-
-
-@pytest.mark.parametrize("prompt", [[], ["is", "the", "Sun", "yellow?"]])
-def test_a_prompt_without_quotes_is_explained(run_script, prompt):
-    process = run_script(MODEL, *prompt)
-    assert_one_clear_line(process, "prompt" if not prompt else "unrecognized arguments")
-    assert '"prompt in quotes"' in process.stderr
+    assert_one_clear_line(process, f"cannot load {MODEL} on {device}: ", "evice")
 
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [("", "empty"), (" \n\t", "empty"), ("a\udcffb", "not valid Unicode")],
+    [
+        ([], "the prompt is empty"),
+        ([""], "the prompt is empty"),
+        ([" \n\t"], "the prompt is empty"),
+        (["a\udcffb"], "not valid Unicode"),
+        (["is", "the", "Sun", "yellow?"], "unrecognized arguments: the Sun yellow?"),
+        (["--why?"], "unrecognized arguments: --why?"),
+    ],
 )
 def test_a_bad_prompt_is_explained_in_one_line(run_script, prompt, message):
-    process = run_script(MODEL, prompt)
-    assert process.stderr == f"error: the prompt is {message}\n"
-    assert process.returncode == 1 and process.stdout == ""
+    process = run_script(MODEL, *prompt)
+    assert_one_clear_line(process, f"error: {message}" if len(prompt) != 1 else message)
+    assert process.stderr.splitlines()[0].endswith(' model_dir "prompt in quotes"')
 
 
 @pytest.mark.parametrize(
-    ("encoding", "message"), [("utf-8", "codec"), ("utf-8:surrogateescape", "not valid Unicode")]
+    ("encoding", "message"), [("utf-8", "decode"), ("utf-8:surrogateescape", "encode")]
 )
 def test_bad_bytes_on_stdin_are_explained_in_one_line(tmp_path, start, encoding, message):
     (tmp_path / "prompt").write_bytes(b"Why \xff?")
@@ -405,17 +405,10 @@ def test_bad_bytes_on_stdin_are_explained_in_one_line(tmp_path, start, encoding,
     with (tmp_path / "prompt").open("rb") as stdin:
         process = start(SCRIPT, MODEL, "-", stdin=stdin, env=environment)
         output, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and output == b""
-    assert errors.startswith(b"error: ") and message.encode() in errors
-    assert len(errors.splitlines()) == 1
-
-
-@posix
-def test_a_closed_stdin_is_an_empty_prompt(start):
-    process = start("sh", "-c", f'exec "{sys.executable}" "{SCRIPT}" "{MODEL}" - <&-')
-    output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output) == (1, b"")
-    assert errors == b"error: the prompt is empty\n"
+    assert process.returncode == 2 and output == b""
+    assert "error: the prompt is not valid Unicode" in errors.decode()
+    assert message in errors.decode()
+    assert len(errors.splitlines()) == 2
 
 
 @pytest.mark.parametrize("prompt", [HELLO, "你好，Привет 👋"])

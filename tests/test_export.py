@@ -106,7 +106,7 @@ def test_the_script_runs_what_was_exported(run_script, exported):
 
 
 def test_stream_yields_what_generate_returns(load_pipe, exported):
-    pipe = load_pipe(exported, ATTENTION_BACKEND="SDPA")
+    pipe = load_pipe(str(exported), ATTENTION_BACKEND="SDPA")
     config = pipe.get_generation_config()
     config.max_new_tokens = 100
     config.do_sample = True

@@ -70,7 +70,7 @@ def test_what_is_not_folded_has_at_most_300_lines():
     assert len(unfolded.splitlines()) <= 300
 
 
-LINES = {"talk.py": 25, "batch.py": 130, "serve.py": 105, "cluster.py": 25, "haproxy.cfg": 20}
+LINES = {"talk.py": 25, "batch.py": 155, "serve.py": 105, "cluster.py": 25, "haproxy.cfg": 20}
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -113,11 +113,13 @@ def test_the_plain_loop(tmp_path):
 
 
 def test_the_class_and_stream_work_in_an_empty_file(tmp_path):
-    """Copy from the one to the other with the imports, as the README says, and nothing else."""
-    start, end = SCRIPT_SOURCE.index("class IterableStreamer"), SCRIPT_SOURCE.index("def main")
-    imports = re.findall(r"^(?:import|from) .*", SCRIPT_SOURCE, re.MULTILINE)
-    wanted = SCRIPT_SOURCE[start:end]
-    (tmp_path / "pasted.py").write_text("\n".join([*imports, wanted]), encoding="utf-8")
+    """Copy what the README says, and nothing else."""
+    imports = SCRIPT_SOURCE[
+        SCRIPT_SOURCE.index("import argparse") : SCRIPT_SOURCE.index("def main")
+    ]
+    start, end = SCRIPT_SOURCE.index("PIPELINE_LOCKS"), SCRIPT_SOURCE.rindex("if __name__ ==")
+    wanted = [imports, SCRIPT_SOURCE[start:end]]
+    (tmp_path / "pasted.py").write_text("".join(wanted), encoding="utf-8")
     assert "yellow" in run(tmp_path, "loop.py", {"multinomial_causal_lm": "pasted"})
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import queue
 import threading
 
 import pytest
@@ -33,25 +34,6 @@ def output_of(code: str, seconds: int) -> str:
 @pytest.fixture(params=["paged attention", "SDPA"])
 def pipe(request, load_pipe):
     return load_pipe("tiny-llama", **PROPERTIES[request.param])
-
-
-@pytest.mark.runs(2, 30)
-def test_threads_make_their_first_streamers_at_the_same_time(run):
-    output_of(
-        """
-tokenizer = openvino_genai.Tokenizer(MODEL)
-barrier = threading.Barrier(4)
-
-def make():
-    barrier.wait()
-    IterableStreamer(tokenizer)
-
-threads = [threading.Thread(target=make) for _ in range(4)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-""",
-        seconds=20,
-    )
 
 
 def test_an_interrupt_while_the_thread_starts_stops_the_generation(pipe, monkeypatch):
@@ -103,7 +85,7 @@ tokenizer = pipe.get_tokenizer()
 class Silent:  # Its tokens have no text.
     generate, encode = pipe.generate, tokenizer.encode
     def get_tokenizer(self): return self
-    def decode(self, tokens): return [""] * len(tokens)
+    def decode(self, tokens): return ""
 
 class Lingering(Silent):  # It calls `end` long before it returns.
     decode = tokenizer.decode
@@ -213,31 +195,80 @@ def test_two_pipelines_generate_at_the_same_time():
         assert next(chunks)
 
 
-@pytest.mark.parametrize("function", [Tokenizer.decode, threading.main_thread])
-def test_end_may_come_from_within_write(monkeypatch, function):
+def test_cancel_may_come_from_within_write(monkeypatch):
     """From garbage collection: it may close a forgotten generator on any thread, at any time."""
-    calls, results = [], []
-
-    def ending(*arguments):
-        if threading.current_thread() is writer:  # Others may call it, too.
-            calls.append(function)
-            if len(calls) == 1:
-                streamer.end()
-        return function(*arguments)
-
+    results = []
     tokenizer = Tokenizer("tiny-qwen")
     tokens = tokenizer.tokens("Why")
-    expected = tokenizer.decode(tokens)
     streamer = IterableStreamer(tokenizer)
-    owner = Tokenizer if function is Tokenizer.decode else threading
+    decode = tokenizer.decode
+
+    def cancelling(tokens):
+        streamer.cancel()
+        return decode(tokens)
+
+    monkeypatch.setattr(tokenizer, "decode", cancelling)
     writer = threading.Thread(target=lambda: results.append(streamer.write(tokens)), daemon=True)
-    monkeypatch.setattr(owner, function.__name__, ending)
     writer.start()
     writer.join(timeout=20)
     assert not writer.is_alive()
     assert results == [StreamingStatus.CANCEL]
     assert streamer.write(tokens) == StreamingStatus.CANCEL
-    assert "".join(streamer) == expected
+    list(streamer)  # It ends.
+
+
+def test_results_come_on_the_reading_thread_behind_the_last_chunk(pipe):
+    events = []
+
+    def note(results) -> None:
+        events.append(results.texts[0])
+        events.append(threading.current_thread())
+
+    events.extend(stream(pipe, SUN, make_config(pipe, 30), on_end=note))
+    *chunks, text, thread = events
+    assert len(chunks) > 1 and "".join(chunks) == text
+    assert thread == threading.current_thread()
+
+
+def test_results_do_not_come_when_the_loop_is_left(pipe):
+    results = []
+    for _ in stream(pipe, SUN, make_config(pipe, 1000), on_end=results.append):
+        break
+    assert list(stream(pipe, "hi", make_config(pipe, 3)))
+    assert results == []
+
+
+def test_what_gets_the_results_may_stream_again_on_the_same_pipeline(pipe):
+    texts = []
+
+    def ask_again(results) -> None:
+        texts.append("".join(stream(pipe, SUN, make_config(pipe, 20))))
+
+    texts.append("".join(stream(pipe, SUN, make_config(pipe, 20), on_end=ask_again)))
+    assert len(texts) == 2 and all(texts)
+
+
+class FalseError(Exception):
+    def __bool__(self):
+        return False
+
+
+@pytest.mark.parametrize("error", [FalseError, queue.Empty, StopAsyncIteration, SystemExit])
+def test_what_a_callback_raises_is_raised_where_the_chunks_are_read(pipe, error):
+    def fail(results) -> None:
+        raise error
+
+    with pytest.raises(error):
+        list(stream(pipe, SUN, make_config(pipe, 3), on_end=fail))
+
+
+def test_at_a_stop_string_the_texts_of_the_library_go_on(pipe):
+    """So says the docstring."""
+    results = []
+    config = make_config(pipe, 30)
+    config.stop_strings = {"ello"}
+    text = "".join(stream(pipe, SUN, config, on_end=results.append))
+    assert text.endswith("y") and results[0].texts[0].startswith(text + "ello")
 
 
 @pytest.fixture(params=["paged attention", "SDPA"])
