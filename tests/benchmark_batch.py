@@ -2,7 +2,7 @@
 
     python tests/benchmark_batch.py [model_dir [prompts ...]]
 
-At once by `batch.py` of README.md, one by one by `stream`. The prompts come at the same time, and
+At once by `examples/batch.py`, one by one by `stream`. The prompts come at the same time, and
 the model writes 100 tokens to each. All numbers are ratios: how many times more tokens a second
 come at once, and how many times sooner the first text of an answer comes, on average.
 
@@ -13,15 +13,12 @@ without any text: on this machine, and as if a device did each step in 20 ms (th
 import argparse
 import asyncio
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import openvino_genai
 from families import MODELS, PROMPTS
-from recipes import import_recipe
-
 from multinomial_causal_lm import stream
+from programs import import_example
 
 ROUNDS, TOKENS, DEVICE = 3, 100, 0.02
 
@@ -89,8 +86,7 @@ def main() -> None:
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size = 1
     own = arguments.model_dir, scheduler, "CPU"
-    with tempfile.TemporaryDirectory() as folder:
-        module = import_recipe("batch.py", Path(folder))
+    module = import_example("batch.py")
     here = module.Batch(arguments.model_dir), module.ContinuousBatchingPipeline(*own)
     module.ContinuousBatchingPipeline = Device
     there = module.Batch(arguments.model_dir), Device(*own)

@@ -2,7 +2,7 @@
 
     python tests/benchmark_machines.py
 
-In the environment of the recipes for other hosts; in one run on one machine, in turns. HAProxy
+In the environment of the hosts; in one run on one machine, in turns. HAProxy
 leads to the same server as without it, Ray to one of its own.
 """
 
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from families import MODELS, SUN
+from families import SUN
 from servers import PROBE, Ray, Server, client, end, question, serve_with, start_haproxy
 
 ROUNDS, TOKENS = 7, 300
@@ -49,7 +49,6 @@ def compare(alone: str, behind: str, name: str) -> None:
 
 def main() -> None:
     changes = serve_with(f"max_new_tokens={TOKENS}, min_new_tokens={TOKENS}")
-    changes['"tests/models/tiny-llama"'] = repr(str(MODELS / "tiny-llama"))
     with tempfile.TemporaryDirectory() as folder, Server(Path(folder), changes) as server:
         config = Path(folder) / "haproxy.cfg"
         url, process = start_haproxy(config, [server.url, server.url])

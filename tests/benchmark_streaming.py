@@ -18,12 +18,11 @@ import statistics
 import sys
 import time
 
+import multinomial_causal_lm
 import openvino_genai
 from families import BYTE_LEVEL, MODELS, PROSE, SENTENCEPIECE, SUN, TEXTS, Clock, Tokenizer
-from openvino_genai import StreamingStatus, TextStreamer
-
-import multinomial_causal_lm
 from multinomial_causal_lm import IterableStreamer
+from openvino_genai import StreamingStatus, TextStreamer
 
 NAMES = ["no streamer", "does nothing", "TextStreamer", "IterableStreamer"]
 ROUNDS, TOKENS = 40, 500

@@ -10,9 +10,8 @@ import hypothesis
 import openvino_genai
 import pytest
 from families import SCRIPT, path_of
-from recipes import change
-
 from multinomial_causal_lm import IterableStreamer
+from programs import change
 
 # With it, the second run of a prompt computes a little differently, and may choose other tokens.
 NO_PREFIX_CACHING = openvino_genai.SchedulerConfig()

@@ -268,6 +268,14 @@ def chatglm(text: list[str], checkpoint: Path) -> None:
     save_random(GlmForCausalLM, GlmConfig, tokenizer, checkpoint)
 
 
+def chatglm3(text: list[str], checkpoint: Path) -> None:
+    """The same with ChatGLM3's pad token, "<unk>", which its detokenizer shows."""
+    chatglm(text, checkpoint)
+    tokenizer = LlamaTokenizerFast.from_pretrained(checkpoint)
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.save_pretrained(checkpoint)
+
+
 def use_sentencepiece_operations(checkpoint: Path, folder: Path) -> None:
     """Convert the tokenizer again, to the operations that exports of ChatGLM have."""
     tokenizer = LlamaTokenizerFast.from_pretrained(checkpoint)

@@ -13,7 +13,7 @@ import sys
 import time
 
 from families import FUNCTION, ROOT
-from recipes import read_terminal
+from programs import read_terminal
 
 TOKEN = 0.07
 COLUMNS = 84

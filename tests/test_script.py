@@ -13,7 +13,7 @@ import pytest
 from conftest import make_config
 from families import FUNCTION, GGUF, HELLO, MODELS, PROMPTS, SCRIPT, SUN, Tokenizer, path_of
 from openvino_genai import ChatHistory
-from recipes import run_program
+from programs import run_program
 
 MODEL = MODELS / "tiny-llama"
 

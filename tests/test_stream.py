@@ -7,10 +7,9 @@ import shutil
 import pytest
 from conftest import PROPERTIES, make_config
 from families import FAMILIES, GGUF, MODELS, PROMPTS, SUN
-from openvino_genai import LLMPipeline, draft_model
-from recipes import BLOCKS, README
-
 from multinomial_causal_lm import stream
+from openvino_genai import LLMPipeline, draft_model
+from programs import BLOCKS, README
 
 
 @pytest.fixture(params=FAMILIES + GGUF)

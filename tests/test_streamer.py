@@ -6,14 +6,13 @@ import queue
 import statistics
 import threading
 
+import multinomial_causal_lm
 import pytest
 from families import CODE, DETOKENIZERS, FAMILIES, GGUF, TEXTS, Clock, Tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from openvino_genai import StreamingStatus
-
-import multinomial_causal_lm
 from multinomial_causal_lm import IncrementalDetokenizer, IterableStreamer, find_stop_string
+from openvino_genai import StreamingStatus
 
 SLOW, FAST = 0.02, 0.0005  # Seconds from one call of `write` to the next.
 WAITING = [" ", " n", " n'", " '", " 'r", " 'v"]

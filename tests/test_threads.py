@@ -8,10 +8,9 @@ import threading
 import pytest
 from conftest import PROPERTIES, make_config, posix
 from families import MESSAGES, MODELS, PROMPTS, SUN, Tokenizer
-from openvino_genai import ChatHistory, LLMPipeline, StreamingStatus
-from recipes import run_program
-
 from multinomial_causal_lm import IterableStreamer, stream
+from openvino_genai import ChatHistory, LLMPipeline, StreamingStatus
+from programs import run_program
 
 MODEL = MODELS / "tiny-llama"
 PROGRAM = f"""

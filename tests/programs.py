@@ -1,9 +1,10 @@
-"""The programs in README.md: those whose first line is a comment with the name of their file."""
+"""The programs in `examples`, which tests run as they stand or change in one place; the pages."""
 
 import contextlib
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,19 @@ from pathlib import Path
 import pytest
 from families import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-RECIPES = {
-    match[1]: block for _, block in BLOCKS if (match := re.match(r"# (\S+\.(?:py|cfg))\n", block))
+EXAMPLES = ROOT / "examples"
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "examples/README.md", "tests/README.md")
 }
+README = PAGES["README.md"]
+BLOCKS = [
+    block
+    for page in PAGES.values()
+    for block in re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+]
 ENDLESS = {
-    r"config\.max_new_tokens = \d+": "config.max_new_tokens = 1_000_000; config.ignore_eos = True"
+    r"config\.max_new_tokens = \w+": "config.max_new_tokens = 1_000_000; config.ignore_eos = True"
 }
 
 
@@ -31,29 +38,28 @@ def change(source: str, changes: dict[str, str]) -> str:
 
 
 def save(folder: Path, *names: str, changes: dict[str, str] | None = None) -> dict[str, str]:
-    """Save recipes as a reader does; return an environment to run them in. Change the last one.
+    """Copy examples, and return an environment to run them in. Change the last one.
 
     They run in the folder of the repository, which has the script and the models that they load.
     """
     for name in names:
-        source = change(RECIPES[name], changes or {}) if name == names[-1] else RECIPES[name]
-        (folder / name).write_text(source, encoding="utf-8")
+        shutil.copy(EXAMPLES / name, folder)
+    if changes:
+        source = (EXAMPLES / names[-1]).read_text(encoding="utf-8")
+        (folder / names[-1]).write_text(change(source, changes), encoding="utf-8")
     path = os.pathsep.join([str(folder), str(ROOT)])
     return os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
 
 
-def import_recipe(name: str, folder: Path, changes: dict[str, str] | None = None):
-    save(folder, name, changes=changes)
+def import_example(name: str):
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        sys.modules.pop(name.removesuffix(".py"), None)
+        patch.syspath_prepend(EXAMPLES)
         return importlib.import_module(name.removesuffix(".py"))
 
 
-def run(folder: Path, name: str, changes: dict[str, str] | None = None) -> str:
-    """Run a recipe as a program, and return what it prints."""
-    environment = save(folder, name, changes=changes)
-    process = run_program(folder / name, environment=environment)
+def run(program: Path, environment: dict[str, str] | None = None) -> str:
+    """Run a program, and return what it prints."""
+    process = run_program(program, environment=environment)
     assert process.returncode == 0, process.stderr
     return process.stdout
 

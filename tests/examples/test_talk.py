@@ -1,4 +1,4 @@
-"""`talk.py` of README.md, at a terminal, with the keys that its user presses."""
+"""`talk.py`, at a terminal, with the keys that its user presses."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import posix
 from families import ROOT, SUN
-from recipes import ENDLESS, read_terminal, save
+from programs import ENDLESS, read_terminal, save
 
 
 class Terminal:
