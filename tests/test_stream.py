@@ -8,7 +8,7 @@ import pytest
 from conftest import PROPERTIES, make_config
 from families import FAMILIES, GGUF, MODELS, PROMPTS, SUN
 from multinomial_causal_lm import stream
-from openvino_genai import LLMPipeline, draft_model
+from openvino_genai import LLMPipeline, StructuredOutputConfig, draft_model
 from programs import BLOCKS, README
 
 
@@ -102,3 +102,12 @@ def test_what_makes_it_faster_needs_no_change_of_stream(tmp_path, monkeypatch, l
         setattr(config, setting, int(value))
     assert "yellow" in "".join(stream(pipe, SUN, config))
     assert len(FASTER) == 4
+
+
+def test_structured_answers_are_valid(load_pipe):
+    pipe = load_pipe("tiny-qwen")  # Its weights are random.
+    config = make_config(pipe, 60)
+    config.structured_output_config = StructuredOutputConfig(
+        json_schema='{"enum": ["red", "blue"]}'
+    )
+    assert json.loads("".join(stream(pipe, "Hi", config))) in ["red", "blue"]

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from conftest import posix, skip_unless_installed, wait_for
 from families import FUNCTION, MODELS, ROOT, SUN
-from programs import ENDLESS, save
+from programs import save
+from servers import SLOWLY
 
 skip_unless_installed("gradio")
 
@@ -22,7 +23,8 @@ class Page:
     """`chat.py` as a process, and a browser's calls."""
 
     def __init__(self, folder, changes=None) -> None:
-        environment = save(folder, "batch.py", "chat.py", changes=changes)
+        environment = save(folder, "batch.py", changes=SLOWLY)
+        save(folder, "chat.py", changes=changes)
         environment |= {"GRADIO_ANALYTICS_ENABLED": "False"}
         self.log = folder / "log"
         with self.log.open("wb") as log:
@@ -124,8 +126,8 @@ def changed_page(tmp_path):
 def test_gradio_gives_the_history_to_the_model_and_shows_errors(changed_page):
     page = changed_page(
         {
-            r"config\.max_new_tokens = MAX_TOKENS": "print('messages', messages)\n"
-            "    config.do_sample, config.top_p = message == 'fail', 7.0"
+            r"max_new_tokens=MAX_TOKENS": "max_new_tokens=MAX_TOKENS, "
+            "**(print('messages', messages) or {'top_p': 7.0, 'do_sample': message == 'fail'})"
         }
     )
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Hello!"}]}
@@ -142,12 +144,12 @@ def test_gradio_gives_the_history_to_the_model_and_shows_errors(changed_page):
 
 def test_stop_in_gradio_stops_the_generation(changed_page):
     page = changed_page(
-        ENDLESS
-        | {
+        {
+            r"max_new_tokens=MAX_TOKENS": "max_new_tokens=1_000_000, ignore_eos=True",
             r"chat\.launch": "import threading, time\n"
             "def watch():\n    while True:\n        time.sleep(0.1)\n"
-            "        print('requests', batch.pipe.get_metrics().requests)\n"
-            "threading.Thread(target=watch, daemon=True).start()\nchat.launch"
+            "        print('requests', len(batch.engine.answers))\n"
+            "threading.Thread(target=watch, daemon=True).start()\nchat.launch",
         }
     )
 

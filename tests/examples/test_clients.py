@@ -10,7 +10,7 @@ import pytest
 from conftest import skip_unless_installed, wait_for
 from families import FUNCTION, MODELS, PROMPTS, SUN
 from programs import PAGES, run_program
-from servers import SERVE_ENDLESS, Server
+from servers import SERVE_ENDLESS, SLOWLY, Server
 
 skip_unless_installed("langchain_openai", "llama_index", "openai", "agents", "pydantic_ai", "llm")
 
@@ -45,7 +45,7 @@ def greedy():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("server")) as server:
+    with Server(tmp_path_factory.mktemp("server"), changes_of_batch=SLOWLY) as server:
         yield server
 
 

@@ -27,10 +27,10 @@ from fastapi.responses import StreamingResponse
 started, start = 0, batch.stream
 
 
-def stream(*arguments):
+def stream(*arguments, **settings):
     global started
     started += 1
-    return start(*arguments)
+    return start(*arguments, **settings)
 
 
 async def tick():
@@ -41,7 +41,7 @@ async def tick():
 
 async def state():
     await asyncio.sleep(0.1)
-    return [os.getpid(), started, batch.pipe.get_metrics().requests]
+    return [os.getpid(), started, len(batch.engine.answers)]
 
 
 batch.stream = stream
@@ -50,7 +50,7 @@ app.get("/ticks")(lambda: StreamingResponse(tick()))
 """
 LONG = serve_with(
     "max_new_tokens=self.max_tokens or 500, ignore_eos=(self.max_tokens or 0) >= 1000"
-) | {"MAX_TOKENS = 4096": "MAX_TOKENS = 1_000_000"}
+) | {'"32768"': '"1000000"'}
 
 
 class HAProxy:
@@ -330,7 +330,11 @@ def test_what_a_machine_accepts_and_does_not_answer_goes_to_the_other(tmp_path):
             with contextlib.suppress(OSError):  # When it is closed.
                 while True:
                     with rude.accept()[0] as caller:
-                        hung_up.append(caller.recv(100_000))
+                        request = caller.recv(100_000)
+                        if b"/health" in request:
+                            caller.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                        else:
+                            hung_up.append(request)
 
         threading.Thread(target=hang_up, daemon=True).start()
         address = f"http://127.0.0.1:{rude.getsockname()[1]}"
@@ -342,3 +346,57 @@ def test_what_a_machine_accepts_and_does_not_answer_goes_to_the_other(tmp_path):
             end(process)
             with contextlib.suppress(OSError):
                 rude.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("engine", [HAProxy], indirect=True)
+def test_a_machine_that_hangs_is_passed_over_and_used_again(engine):
+    """It accepts connections, but answers none: a check by TCP would call it alive."""
+    states(engine.url)  # Both are there.
+    hung = engine.machines[0].process
+    hung.send_signal(signal.SIGSTOP)
+    try:
+
+        def others_answer() -> bool:
+            async def ask() -> list:
+                async with client() as session:
+                    asking = (read(session, engine.url) for _ in range(4))
+                    return await asyncio.gather(*asking, return_exceptions=True)
+
+            try:
+                return all(
+                    isinstance(answer, tuple) and answer[0] == 200
+                    for answer in asyncio.run(asyncio.wait_for(ask(), timeout=5))
+                )
+            except TimeoutError:
+                return False
+
+        wait_for(others_answer)
+        assert_whole(asyncio.run(read_many(engine.url, 20)))
+    finally:
+        hung.send_signal(signal.SIGCONT)
+    assert len(states(engine.url)) == 2
+
+
+def test_more_requests_than_places_wait_and_then_get_a_503(tmp_path):
+    """Here, two places on one machine, and a second to wait."""
+    with Server(tmp_path, LONG, probe=STATE) as server:
+        few = {"maxconn 200": "maxconn 2", "timeout queue 30s": "timeout queue 1s"}
+        address = [server.url, "http://127.0.0.1:9"]
+        url, process = start_haproxy(tmp_path / "haproxy.cfg", address, few)
+
+        async def main() -> list[int]:
+            async with client() as session, contextlib.AsyncExitStack() as stack:
+                body = question(SUN, stream=True, max_tokens=1_000_000)
+                path = f"{url}/v1/chat/completions"
+                parts = [session.stream("POST", path, json=body) for _ in range(2)]
+                await asyncio.gather(*map(stack.enter_async_context, parts))
+                late = await session.post(path, json=question(SUN))
+                return [late.status_code]
+
+        try:
+            wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
+            assert asyncio.run(asyncio.wait_for(main(), timeout=60)) == [503]
+            wait_for(lambda: server.running() == 0)
+            assert_whole(asyncio.run(read_many(url, 6)))  # They take turns.
+        finally:
+            end(process)
