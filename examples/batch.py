@@ -260,7 +260,7 @@ class Engine:
             request = {"number": number, "tokens": tokens, "settings": settings}
             return json.dumps(request, default=list, allow_nan=False)  # Sets become lists.
         except Exception as error:  # noqa: BLE001 - only this one reader gets it.
-            del self.answers[number]
+            self.answers.pop(number, None)
             self.deliver([(answer, [ValueError(reason(error)), None])])
             return ""
 
@@ -292,6 +292,9 @@ class Engine:
         try:
             while line := self._read_line():
                 self.show(json.loads(line), padding_shows)
+        except BaseException:
+            self.process.kill()  # Nobody reads what it says any more.
+            raise
         finally:
             status = self.process.wait()
             self.epitaph = f"the engine has ended, with status {status}"

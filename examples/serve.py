@@ -41,7 +41,7 @@ def context_length() -> int | None:
     try:
         config = json.loads(Path(MODEL, "config.json").read_text(encoding="utf-8"))
         return config["max_position_embeddings"]
-    except (OSError, KeyError):
+    except (OSError, ValueError, KeyError):
         return None
 
 

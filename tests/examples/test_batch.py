@@ -53,11 +53,11 @@ def make_changed(tmp_path):
     return lambda changes: import_changed("batch.py", tmp_path, changes).Batch(MODEL)
 
 
-def run_beside_batch(folder, source: str, changes=None) -> subprocess.CompletedProcess:
+def run_beside_batch(folder, source: str) -> subprocess.CompletedProcess:
     """Run a program that may import `batch`, in a process of its own."""
-    environment = save(folder, "batch.py", changes=changes)
+    environment = save(folder, "batch.py")
     (folder / "program.py").write_text(source, encoding="utf-8")
-    return run_program(folder / "program.py", environment=environment)
+    return run_program(folder / "program.py", environment=environment, seconds=300)
 
 
 def settings_of(tokens: int) -> dict:
@@ -328,7 +328,7 @@ def test_signals_at_random_times_leave_nothing_running(tmp_path, choose):
     process = run_beside_batch(
         tmp_path,
         f"""{INTERRUPTED}
-for count in range({choose(8, 300)}):
+for count in range({choose(8, 150)}):
     timer = threading.Timer(random.random() * 0.02, os.kill, [os.getpid(), signal.SIGINT])
     try:
         timer.start()
@@ -471,6 +471,17 @@ def test_a_step_that_raises_fails_every_reader_and_shows_its_traceback(make_chan
         assert isinstance(error, RuntimeError) and "with status 1" in str(error)
     assert_dead(batch, threads)
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_mistake_where_text_is_made_fails_every_reader(module, monkeypatch, capfd):
+    """Rather than let them wait for ever."""
+    threads = set(threading.enumerate())
+    batch = module.Batch(MODEL)
+    monkeypatch.setattr(batch.engine, "show", None)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with pytest.raises(RuntimeError, match="engine has ended"):
+        finish(answer(batch))
+    assert_dead(batch, threads)
 
 
 def test_what_a_decode_raises_reaches_those_whose_tokens_caused_it(batch, module, monkeypatch):
