@@ -378,17 +378,16 @@ def test_a_machine_that_hangs_is_passed_over_and_used_again(engine):
 
 
 def test_more_requests_than_places_wait_and_then_get_a_503(tmp_path):
-    """Here, two places on one machine, and a second to wait."""
+    """Here, four places, of one machine that stands for two, and three seconds to wait."""
     with Server(tmp_path, LONG, probe=STATE) as server:
-        few = {"maxconn 200": "maxconn 2", "timeout queue 30s": "timeout queue 1s"}
-        address = [server.url, "http://127.0.0.1:9"]
-        url, process = start_haproxy(tmp_path / "haproxy.cfg", address, few)
+        few = {"maxconn 200": "maxconn 2", "timeout queue 30s": "timeout queue 3s"}
+        url, process = start_haproxy(tmp_path / "haproxy.cfg", [server.url] * 2, few)
 
         async def main() -> list[int]:
             async with client() as session, contextlib.AsyncExitStack() as stack:
                 body = question(SUN, stream=True, max_tokens=1_000_000)
                 path = f"{url}/v1/chat/completions"
-                parts = [session.stream("POST", path, json=body) for _ in range(2)]
+                parts = [session.stream("POST", path, json=body) for _ in range(4)]
                 await asyncio.gather(*map(stack.enter_async_context, parts))
                 late = await session.post(path, json=question(SUN))
                 return [late.status_code]
@@ -397,6 +396,6 @@ def test_more_requests_than_places_wait_and_then_get_a_503(tmp_path):
             wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
             assert asyncio.run(asyncio.wait_for(main(), timeout=60)) == [503]
             wait_for(lambda: server.running() == 0)
-            assert_whole(asyncio.run(read_many(url, 6)))  # They take turns.
+            assert_whole(asyncio.run(read_many(url, 8)))  # They take turns.
         finally:
             end(process)
